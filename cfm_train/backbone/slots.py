@@ -1,0 +1,318 @@
+"""Slots: the places in a frozen backbone where bricks plug in.
+
+Every site has one slot, put there once when the backbone is loaded. A slot is a pair of hooks on
+the site's module that read a shared *plan*. An empty slot returns nothing, so the module's own
+result goes on untouched: unplugging is exact because nothing was ever added to a weight.
+
+What a brick puts into a slot is one of five plugs:
+
+    Together out += …, all bricks in one call  (LoRA, DoRA: `bricks/bank.py`)
+    Out      out  = fn(call)                   (IA3, adapters, biases, steering vectors)
+    In       x    = fn(call)                   (IA3 on the feed-forward's input)
+    KV       attention sees extra keys, values (prefix tuning, cartridges)
+    Prompt   virtual tokens before the input   (soft prompts; see `prompts.py`)
+
+Each brick of a plan carries a weight: ``None`` for every row, a number, or a tensor ``[batch]`` or
+``[batch, seq]``; with it one batch may hold another brick for every row. The plan stays in place
+until it is replaced, so that a recomputed checkpoint sees the same plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cfm_train.backbone.attention import KVSlot
+from cfm_train.backbone.prompts import PromptSlot
+from cfm_train.backbone.sites import Site, SiteMap
+from cfm_train.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Weight = float | Tensor | None
+
+
+class Together:
+    """A plug of which all at one module run in one call, before the others (`bricks.bank.LowRank`)."""
+
+    site: str
+
+    @staticmethod
+    def run(
+        sites: SiteMap,
+        module: nn.Module,
+        x: Tensor,
+        base: Tensor,
+        entries: Sequence[tuple[Any, Weight]],
+    ) -> Tensor:
+        """The module's output ``[batch, seq, out]`` with all entries applied to ``base``."""
+        raise NotImplementedError
+
+
+@dataclass(slots=True)
+class Call:
+    """What an `Out` or `In` plug sees.
+
+    Attributes:
+        site: the site.
+        module: the backbone's module (its parameters may be read, never written).
+        x: the module's input ``[batch, seq, in_features]``.
+        base: what the module itself answered, the site's part ``[batch, seq, out_features]``.
+        y: the same after the plugs before this one; None on port ``in``.
+        captured: inputs of the sites that a plug asked to see with ``reads``.
+    """
+
+    site: Site
+    module: nn.Module
+    x: Tensor
+    base: Tensor | None
+    y: Tensor | None
+    captured: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Out:
+    """Replaces a site's output by ``fn(call)``; ``reads`` names a site whose input is kept for it."""
+
+    site: str
+    fn: Callable[[Call], Tensor]
+    reads: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class In:
+    """Replaces a site's input by ``fn(call)``."""
+
+    site: str
+    fn: Callable[[Call], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class KV:
+    """Extra keys and values ``[tokens, kv_heads, head_dim]`` that an attention site sees first.
+
+    ``shift`` tells whether real tokens move up by that many positions, as if the extra ones stood
+    before them in the cache (what PEFT does; it matters for rotary and learned positions).
+    """
+
+    site: str
+    keys: Tensor
+    values: Tensor
+    shift: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Virtual tokens ``[tokens, hidden]`` before the input embeddings of one stack (`embed` site)."""
+
+    site: str
+    embeddings: Tensor
+
+
+Plug = Together | Out | In | KV | Prompt
+
+
+class Pluggable(Protocol):
+    """What the slots need of a brick."""
+
+    def plugs(self) -> Iterable[Plug]: ...
+
+
+@dataclass(slots=True)
+class _ModuleSlot:
+    """The slot of one backbone module; several sites may be slices of that module."""
+
+    module: nn.Module
+    slots: Slots
+    together: list[tuple[Together, Weight]] = field(default_factory=list)
+    outs: list[tuple[Out, Weight]] = field(default_factory=list)
+    ins: list[tuple[In, Weight]] = field(default_factory=list)
+    capture: list[str] = field(default_factory=list)
+
+    def clear(self) -> None:
+        self.together, self.outs, self.ins, self.capture = [], [], [], []
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Forward pre-hook: the port ``in``."""
+        if not self.ins and not self.capture:
+            return None
+        x = args[0]
+        for name in self.capture:
+            self.slots.captured[name] = x
+        for plug, weight in self.ins:
+            site = self.slots.sites[plug.site]
+            call = Call(site, module, x, None, None, self.slots.captured)
+            x = blend(x, plug.fn(call), weight)
+        return (x, *args[1:])
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Forward hook: the port ``out``; the bank first, then the other plugs in plan order."""
+        if not self.together and not self.outs:
+            return None
+        # A layer returns a tuple on some architectures: the hidden states come first.
+        rest = output[1:] if isinstance(output, tuple) else None
+        base = output[0] if isinstance(output, tuple) else output
+        x, y = args[0] if args else base, base
+        if self.together:
+            y = self.together[0][0].run(self.slots.sites, module, x, base, self.together)
+        for plug, weight in self.outs:
+            site = self.slots.sites[plug.site]
+            old = rows_of(y, site)
+            call = Call(site, module, x, rows_of(base, site), old, self.slots.captured)
+            y = put_rows(y, blend(old, plug.fn(call), weight), site)
+        return y if rest is None else (y, *rest)
+
+
+class Slots:
+    """All slots of one backbone and the plan that is plugged into them.
+
+    Args:
+        model: the transformers model, frozen.
+        sites: its sites.
+    """
+
+    def __init__(self, model: nn.Module, sites: SiteMap) -> None:
+        self.sites = sites
+        self.captured: dict[str, Tensor] = {}
+        self.plan: list[tuple[Pluggable, Weight]] = []
+        self._modules: dict[str, _ModuleSlot] = {}
+        self._kv: dict[str, KVSlot] = {}
+        self._prompt = PromptSlot(model, sites)
+        for site in sites.values():
+            module = model.get_submodule(site.module)
+            if site.kind == "attention":
+                self._kv[site.name] = KVSlot.install(module)
+            elif site.module not in self._modules:
+                slot = self._modules[site.module] = _ModuleSlot(module, self)
+                module.register_forward_pre_hook(slot.before)
+                module.register_forward_hook(slot.after)
+
+    def plug(self, bricks: Sequence[Pluggable], weights: Sequence[Weight] | None = None) -> None:
+        """Replaces the plan. Bricks act in the order given; those that run together come first.
+
+        Args:
+            bricks: the bricks; none empties every slot.
+            weights: one weight for each brick, see the module's docstring.
+
+        Raises:
+            UserError: a site does not exist, or a plug does not fit its site.
+        """
+        plan = list(zip(bricks, weights or [None] * len(bricks), strict=True))
+        wanted = [(plug, weight) for brick, weight in plan for plug in brick.plugs()]
+        self.unplug()
+        try:
+            for plug, weight in wanted:
+                self._place(plug, weight)
+        except UserError:
+            self.unplug()
+            raise
+        self.plan = plan
+
+    def unplug(self) -> None:
+        """Empties every slot: the backbone answers as if nothing had ever been plugged."""
+        self.plan = []
+        self.captured.clear()
+        for slot in self._modules.values():
+            slot.clear()
+        for kv in self._kv.values():
+            kv.clear()
+        self._prompt.clear()
+
+    @contextmanager
+    def plugged(
+        self, bricks: Sequence[Pluggable], weights: Sequence[Weight] | None = None
+    ) -> Iterator[None]:
+        """Plugs bricks for the length of a ``with`` block, then restores the plan before it."""
+        before = self.plan
+        self.plug(bricks, weights)
+        try:
+            yield
+        finally:
+            self.plug([b for b, _ in before], [w for _, w in before])
+
+    def _place(self, plug: Plug, weight: Weight) -> None:
+        site = self.sites[plug.site]
+        if isinstance(plug, KV):
+            self._kv[site.name].add(plug.keys, plug.values, weight)
+            if plug.shift:
+                self._prompt.shift_positions(site.name, len(plug.keys), weight)
+        elif isinstance(plug, Prompt):
+            self._prompt.add(site, plug.embeddings, weight)
+        else:
+            slot = self._modules[site.module]
+            if isinstance(plug, Together):
+                slot.together.append((plug, weight))
+            elif isinstance(plug, In):
+                if site.rows is not None:
+                    raise UserError(
+                        f"Site '{site.name}' shares its input with other sites of the fused module "
+                        f"'{site.module}': plug into its output, or into the whole module."
+                    )
+                slot.ins.append((plug, weight))
+            else:
+                slot.outs.append((plug, weight))
+                if plug.reads is not None:
+                    self._modules[self.sites[plug.reads].module].capture.append(plug.reads)
+
+
+def per_row(weight: Tensor, like: Tensor) -> Tensor:
+    """Shapes row weights ``[batch]`` or token weights ``[batch, seq]`` to multiply ``like``.
+
+    Generation with beams repeats every row of the batch, and some modules see ``[batch * seq, …]``:
+    rows are then repeated in place.
+    """
+    weight = weight.to(device=like.device)
+    rows = like.shape[0]
+    if weight.ndim == 2 and like.ndim == 2:
+        weight = weight.reshape(-1)
+    if weight.shape[0] != rows:
+        if rows % weight.shape[0]:
+            raise UserError(
+                f"The plan has weights for {weight.shape[0]} rows, but the batch has {rows}: plug "
+                "the bricks again with one weight for each row."
+            )
+        weight = weight.repeat_interleave(rows // weight.shape[0], dim=0)
+    return weight.reshape(weight.shape + (1,) * (like.ndim - weight.ndim))
+
+
+def blend(old: Tensor, new: Tensor, weight: Weight) -> Tensor:
+    """``old + weight * (new - old)``; rows of weight 0 and 1 are ``old`` and ``new`` to the bit."""
+    if weight is None:
+        return new
+    if isinstance(weight, (int, float)):
+        return new if weight == 1 else old if weight == 0 else old + weight * (new - old)
+    w = per_row(weight, old)
+    mixed = old + w.to(old.dtype) * (new - old)
+    return torch.where(w == 0, old, torch.where(w == 1, new, mixed))
+
+
+def row_index(site: Site, device: torch.device) -> Tensor:
+    """The output features ``[out_features]`` of the module that are this site, int64."""
+    assert site.rows is not None
+    return torch.cat([torch.arange(a, b, device=device) for a, b in site.rows])
+
+
+def rows_of(y: Tensor, site: Site) -> Tensor:
+    """The site's part of its module's output."""
+    if site.rows is None:
+        return y
+    if len(site.rows) == 1:
+        start, stop = site.rows[0]
+        return y[..., start:stop]
+    return y.index_select(-1, row_index(site, y.device))
+
+
+def put_rows(y: Tensor, part: Tensor, site: Site) -> Tensor:
+    """``y`` with the site's part replaced; a new tensor, so that autograd and hooks see no write."""
+    if site.rows is None:
+        return part
+    if len(site.rows) == 1:
+        start, stop = site.rows[0]
+        return torch.cat([y[..., :start], part, y[..., stop:]], dim=-1)
+    return y.index_copy(-1, row_index(site, y.device), part)

@@ -1,0 +1,185 @@
+"""The contract of a brick: a named group of parameters with one function, and where it plugs in.
+
+A brick kind is one file in this folder with one subclass of `Brick`; its name is the file's name, its
+defaults stand in ``conf/brick/<kind>.yaml`` alone. A kind says three things:
+
+    build     which parameters it has on a given backbone (float32, of its own)
+    plugs     what it puts into which slots (`backbone.slots`)
+    files     how it lies on disk: PEFT's format where PEFT can read it, else ``brick.safetensors``
+
+A brick may carry heads: small named modules on the backbone's hidden states, one for each task.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from cfm_train.backbone.sites import Site
+from cfm_train.backbone.slots import Plug
+from cfm_train.bricks.heads import Head
+from cfm_train.errors import UserError
+
+if TYPE_CHECKING:
+    from cfm_train.backbone.load import Backbone
+
+NATIVE_FILE = "brick.safetensors"
+HEADS_FILE = "heads.safetensors"
+
+
+class Brick(nn.Module, ABC):
+    """Base class of all brick kinds.
+
+    Subclasses have an annotated ``__init__`` without defaults whose arguments are the kind's
+    hyper-parameters: they are kept in `hyper` and written into the brick's card.
+
+    Attributes:
+        kind: the kind's name, that of its file and of its YAML.
+        granularity: ``neuron``, ``neuron_group``, ``layer`` or ``model``.
+        starts_as_identity: whether a new brick leaves every logit as it was, to the bit.
+        trains: whether the kind has parameters to train (a task vector has none).
+        hyper: the hyper-parameters, as plain JSON values.
+        heads: the heads by task name.
+        site_names: the sites that the brick was built for.
+    """
+
+    kind: ClassVar[str]
+    granularity: ClassVar[str] = "layer"
+    starts_as_identity: ClassVar[bool] = True
+    trains: ClassVar[bool] = True
+
+    hyper: dict[str, Any]
+    site_names: tuple[str, ...]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not inspect.isabstract(cls):
+            cls.kind = cls.__module__.rsplit(".", 1)[-1]
+
+    def __init__(self, **hyper: Any) -> None:
+        super().__init__()
+        self.hyper = hyper
+        self.heads = nn.ModuleDict()
+        self.site_names = ()
+
+    @abstractmethod
+    def build(self, backbone: Backbone) -> Self:
+        """Makes the parameters for a backbone (float32, on its device) and returns the brick.
+
+        Raises:
+            UserError: a site pattern matches nothing, or the kind does not fit a site.
+        """
+
+    @abstractmethod
+    def plugs(self) -> Iterable[Plug]:
+        """What the brick puts into the backbone's slots; called each time a plan is made."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The brick's own parameters by name, without its heads: what a version is hashed from."""
+        return {
+            name: value.detach()
+            for name, value in self.state_dict().items()
+            if not name.startswith("heads.")
+        }
+
+    def interface(self) -> dict[str, Any]:
+        """JSON values that, with the tensors, define what the brick computes."""
+        return {"kind": self.kind, "hyper": self.hyper, "sites": list(self.site_names)}
+
+    def files(self) -> dict[str, bytes]:
+        """The brick's files by name, ready for the library; heads in a file of their own."""
+        files = self.body_files()
+        heads = {
+            f"{task}.{name}": value.detach().contiguous().cpu()
+            for task, head in self.heads.items()
+            for name, value in head.state_dict().items()
+        }
+        if heads:
+            files[HEADS_FILE] = save(heads)
+        return files
+
+    def body_files(self) -> dict[str, bytes]:
+        """The files without the heads; kinds that PEFT knows override it with PEFT's format."""
+        tensors = {name: value.contiguous().cpu() for name, value in self.tensors().items()}
+        return {NATIVE_FILE: save(tensors)} if tensors else {}
+
+    @classmethod
+    def restore(
+        cls, interface: Mapping[str, Any], files: Mapping[str, bytes], backbone: Backbone
+    ) -> Self:
+        """A brick from what `interface` and `body_files` gave.
+
+        Raises:
+            UserError: a tensor is missing, unknown, or of another shape than the backbone needs.
+        """
+        from safetensors.torch import load
+
+        brick = cls(**interface["hyper"]).build(backbone)
+        tensors = load(files[NATIVE_FILE]) if NATIVE_FILE in files else {}
+        brick.load_tensors(tensors)
+        return brick
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Sets the brick's own parameters by value; nothing missing, nothing left over."""
+        own = self.tensors()
+        for what, names in (("misses", own.keys() - tensors), ("does not know", tensors - own.keys())):
+            if names:
+                raise UserError(
+                    f"The {self.kind} brick {what} the tensor '{sorted(names)[0]}' "
+                    f"({len(names)} in all): it was made for other sites or another version."
+                )
+        with torch.no_grad():
+            for name, value in self.state_dict(keep_vars=True).items():
+                if name.startswith("heads."):
+                    continue
+                if value.shape != tensors[name].shape:
+                    raise UserError(
+                        f"Tensor '{name}' of the {self.kind} brick has shape "
+                        f"{tuple(tensors[name].shape)}, but the backbone needs {tuple(value.shape)}."
+                    )
+                value.copy_(tensors[name])
+
+    def add_head(self, task: str, head: Head) -> None:
+        """Gives the brick a head for a task; the name may not hold a dot (it becomes a tensor's name)."""
+        self.heads[task.replace(".", "_")] = head
+
+    def describe_heads(self) -> dict[str, dict[str, Any]]:
+        """The heads for the card: type, labels, pooling and size of each."""
+        return {task: head.describe() for task, head in self.heads.items()}
+
+    def parameter_count(self) -> int:
+        """How many numbers are trained, heads included."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+
+def linear_sites(backbone: Backbone, patterns: list[str], layers: list[int] | None) -> list[Site]:
+    """The linear sites that patterns choose, in the backbone's order.
+
+    Raises:
+        UserError: a pattern matches nothing, or a site that is no linear layer.
+    """
+    chosen = backbone.sites.select(patterns, layers)
+    for site in chosen:
+        if site.kind not in ("linear", "conv1d"):
+            raise UserError(
+                f"Site '{site.name}' is a {site.kind}, not a linear layer: choose sites such as "
+                "attn.q, attn.v, ffn.up or ffn.down."
+            )
+    return chosen
+
+
+def parameter_name(site_name: str) -> str:
+    """A site's name as a key of ``nn.ParameterDict``, which allows no dots."""
+    return site_name.replace(".", "-")
+
+
+def json_bytes(value: Any) -> bytes:
+    """A JSON file's bytes, stable: sorted keys, two spaces, one newline at the end."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

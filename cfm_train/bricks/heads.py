@@ -1,0 +1,87 @@
+"""Heads: what turns the backbone's hidden states into a task's answers.
+
+    classification, multilabel, regression     pool over tokens, then one linear map
+    token                                      one linear map on every token
+
+A head is a named part of a task brick. It works in float32 whatever the backbone's dtype: it is small,
+and its logits decide.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+POOLINGS = ("mean", "last", "first", "none")
+
+
+def pool(hidden_states: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
+    """One vector for each row.
+
+    Args:
+        hidden_states: ``[batch, seq, hidden]``.
+        attention_mask: ``[batch, seq]``, 1 for real tokens.
+        pooling: ``mean`` over real tokens, the ``last`` or the ``first`` real one, or ``none``.
+
+    Returns:
+        ``[batch, hidden]`` float32; with ``none`` all tokens, ``[batch, seq, hidden]``.
+    """
+    if pooling == "none":
+        return hidden_states.float()
+    if pooling == "mean":
+        mask = attention_mask.to(torch.float32)
+        total = torch.einsum("bsh,bs->bh", hidden_states.float(), mask)
+        return total / mask.sum(dim=1, keepdim=True).clamp_min(1)
+    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    if pooling == "last":
+        index = (attention_mask * positions).argmax(dim=1)
+    else:
+        index = attention_mask.argmax(dim=1)
+    rows = torch.arange(len(hidden_states), device=hidden_states.device)
+    return hidden_states[rows, index].float()
+
+
+class Head(nn.Module):
+    """A linear head.
+
+    Args:
+        task_type: ``classification``, ``multilabel``, ``regression`` or ``token``.
+        labels: the label names in order, None for regression.
+        hidden_size: width of the backbone.
+        pooling: how tokens become one vector, see `pool`.
+    """
+
+    def __init__(
+        self, task_type: str, labels: list[str] | None, hidden_size: int, pooling: str
+    ) -> None:
+        super().__init__()
+        self.task_type = task_type
+        self.labels = labels
+        self.pooling = pooling
+        size = 1 if labels is None else len(labels)
+        self.linear = nn.Linear(hidden_size, size)
+        nn.init.normal_(self.linear.weight, std=0.02)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits ``[batch, labels]`` (``[batch, seq, labels]`` for ``token``), float32."""
+        return self.linear(pool(hidden_states, attention_mask, self.pooling))
+
+    def describe(self) -> dict[str, Any]:
+        """What the card keeps of the head."""
+        return {
+            "task": self.task_type,
+            "labels": self.labels,
+            "pooling": self.pooling,
+            "size": self.linear.out_features,
+            "hidden_size": self.linear.in_features,
+        }
+
+    @classmethod
+    def from_description(cls, described: dict[str, Any]) -> Head:
+        """The head, untrained, that `describe` was called on."""
+        return cls(
+            described["task"], described["labels"], described["hidden_size"], described["pooling"]
+        )

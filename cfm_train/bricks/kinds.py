@@ -1,0 +1,36 @@
+"""Brick kinds by name: a kind is the one `Brick` subclass in the file of its name."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from cfm_train.bricks.brick import Brick
+from cfm_train.config.signature import kinds
+from cfm_train.errors import UserError, nearest
+
+
+def brick_class(kind: str) -> type[Brick]:
+    """The class of a kind.
+
+    Raises:
+        UserError: there is no such kind.
+    """
+    names = kinds("bricks", "Brick")
+    if kind not in names:
+        raise UserError(f"There is no brick kind '{kind}'.{nearest(kind, names)}")
+    module = importlib.import_module(f"cfm_train.bricks.{kind}")
+    return next(
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, Brick)
+        and value.__module__ == module.__name__
+    )
+
+
+def make_brick(section: Mapping[str, Any]) -> Brick:
+    """A new brick from a ``brick`` section: its ``kind`` and the arguments of the kind's class."""
+    arguments = {k: v for k, v in section.items() if k not in ("kind", "learning_rate")}
+    return brick_class(section["kind"])(**arguments)

@@ -1,0 +1,283 @@
+"""One typed schema for each operation: which keys a run has and what may stand in them.
+
+Strict: an unknown key, a missing one or a value of another type is an error. No defaults here, they
+stand in ``conf/`` alone. A key whose type is a plain ``str`` is free text (see `quoting`).
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+import typing
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cfm_train.config.quoting import TextKind
+from cfm_train.config.types import (
+    Count,
+    Fraction,
+    NonNegative,
+    Positive,
+    Prose,
+    Rate,
+    Share,
+    Text,
+)
+
+
+NAME = r"^[^/\\\x00-\x1f]+$"
+SHA256 = "^[0-9a-f]{64}$"
+
+#: What a pattern means, for the person whose text does not fit it.
+PATTERNS = {NAME: "a name without slashes", SHA256: "64 hexadecimal digits"}
+
+
+class Section(BaseModel):
+    """A mapping of the config: every key named here must be there, and no other."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class Tracking(Section):
+    """Where a run is logged."""
+
+    mode: Literal["auto", "offline", "online", "disabled"]
+    project: str
+    group: str | None
+    tags: list[str]
+
+
+class Backbone(Section):
+    """A frozen model: an installed package, a local folder or a Hub id."""
+
+    id: str
+    package: str | None
+    path: str | None
+    revision: str | None
+    sha256: Annotated[str, Field(pattern=SHA256)] | None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class Brick(Section):
+    """What every brick kind has; its own parameters are added from its class (see `signature`)."""
+
+    model_config = ConfigDict(extra="allow")
+
+    kind: Literal["?"]  # replaced by the kinds that exist
+    learning_rate: Rate
+
+
+class Splits(Section):
+    """What the splits of a Hub data set are called."""
+
+    train: str | None
+    validation: str | None
+    test: str | None
+
+
+class Data(Section):
+    """One task: where its rows are, which columns they have, how they are read."""
+
+    name: str
+    task: Literal[
+        "classification", "multilabel", "regression", "token", "causal", "instruct", "seq2seq"
+    ]
+    train: str | None
+    validation: str | None
+    test: str | None
+    root: str | None
+    hub: str | None
+    subset: str | None
+    revision: str | None
+    hub_splits: Splits
+    hub_columns: dict[str, str | list[str]] | None
+    hub_labels: list[str] | None
+    text: str | list[str] | None
+    label: str | list[str] | None
+    target: str | None
+    system: str | None
+    messages: str | None
+    labels: list[str] | list[int] | None
+    metric: str | None
+    max_length: Positive
+    target_max_length: Positive
+    pack: bool
+    unit: Literal["line", "paragraph", "file"]
+    validation_fraction: Share
+    test_fraction: Share
+    bad_rows: Literal["stop", "skip"]
+    limit: Positive | None
+    tasks: list[str] | None
+    mixture: NonNegative
+
+
+class Trainer(Section):
+    """How long and how fast a brick is trained."""
+
+    learning_rate: Rate
+    epochs: Positive
+    max_steps: Positive | None
+    tokens_per_batch: Positive
+    rows_per_batch: Positive
+    accumulate: Positive
+    warmup: Fraction
+    schedule: Literal["linear", "cosine", "constant"]
+    weight_decay: NonNegative
+    clip: NonNegative
+    divergence: Rate
+    precision: Literal["auto", "float32", "bfloat16"]
+    validate_every: Positive | None
+    patience: Positive | None
+    checkpoint_every: Positive | None
+    find_learning_rate: bool
+    deterministic: bool
+    threads: Positive | None
+    samples: Count
+
+
+class Evaluation(Section):
+    """How a brick is judged."""
+
+    bootstrap: Positive
+    head_only: bool
+
+
+class EvaluationData(Section):
+    """What the tasks of an evaluation share; the rest of each stands in its own YAML."""
+
+    root: str | None
+    limit: Positive | None
+
+
+class PredictionData(Section):
+    """The rows to predict."""
+
+    input: str
+    text: str | list[str] | None
+
+
+class Run(Section):
+    """What every run has."""
+
+    operation: str
+    recipe: str
+    name: Annotated[str, Field(pattern=NAME)]
+    seed: Count
+    library: Annotated[str, Field(min_length=1)]
+    outputs: Annotated[str, Field(min_length=1)]
+    dry_run: bool
+    tracking: Tracking
+
+
+class Train(Run):
+    """Train a brick on a task."""
+
+    backbone: Backbone
+    brick: Brick
+    data: Data
+    trainer: Trainer
+    evaluation: Evaluation
+
+
+class Evaluate(Run):
+    """Score bricks on tasks."""
+
+    backbone: Backbone | None
+    bricks: list[str]
+    tasks: list[str]
+    data: EvaluationData
+    evaluation: Evaluation
+
+
+class Predict(Run):
+    """Answer the rows of a file with a brick."""
+
+    backbone: Backbone | None
+    bricks: list[str]
+    data: PredictionData
+    out: str
+
+
+class Merge(Run):
+    """Make one brick from several."""
+
+    bricks: list[str]
+    weights: list[float] | None
+    rule: Literal["linear"]
+
+
+class Compare(Run):
+    """Draw records side by side."""
+
+    bricks: list[str]
+    tasks: list[str]
+
+
+class Sequence(Run):
+    """Several runs one after another, each with a record of its own."""
+
+    steps: list[list[str]]
+
+
+OPERATIONS: dict[str, type[Run]] = {
+    "train": Train,
+    "evaluate": Evaluate,
+    "predict": Predict,
+    "merge": Merge,
+    "compare": Compare,
+    "sequence": Sequence,
+}
+
+
+@functools.cache
+def text_keys() -> dict[str, TextKind]:
+    """Every key whose value is free text, in dotted form, over all operations.
+
+    >>> text_keys()["name"].one, text_keys()["bricks"].many
+    (True, True)
+    """
+    found: dict[str, TextKind] = {}
+    for model in OPERATIONS.values():
+        found |= text_fields(model)
+    del found["operation"], found["recipe"]
+    return found
+
+
+def text_fields(model: type[BaseModel], prefix: str = "") -> dict[str, TextKind]:
+    """The free-text keys of one model and of the sections in it."""
+    found: dict[str, TextKind] = {}
+    for name, field in model.model_fields.items():
+        annotation: Any = field.annotation
+        if field.metadata:
+            annotation = Annotated[(annotation, *field.metadata)]
+        for part in _parts(annotation):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                found |= text_fields(part, f"{prefix}{name}.")
+        if kind := text_kind(annotation):
+            found[f"{prefix}{name}"] = kind
+    return found
+
+
+def text_kind(annotation: Any) -> TextKind | None:
+    """How the text of a key with this annotation is read; None where Hydra's grammar reads it."""
+    parts = _parts(annotation)
+    one, many = str in parts, list[str] in parts or list[list[str]] in parts
+    if list[list[str]] in parts or not (one or many):
+        return None
+    prose = any(isinstance(part, Prose) for part in parts)
+    return TextKind(many=many, one=one, nullable=types.NoneType in parts, prose=prose)
+
+
+def _parts(annotation: Any) -> list[Any]:
+    """The members of a union with their ``Annotated`` opened; the metadata stand among them."""
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return [part for member in typing.get_args(annotation) for part in _parts(member)]
+    if origin is Annotated:
+        inner, *metadata = typing.get_args(annotation)
+        return [*_parts(inner), *metadata]
+    return [annotation]
+
+
+__all__ = ["OPERATIONS", "Brick", "Run", "Section", "Text", "text_fields", "text_keys", "text_kind"]

@@ -1,0 +1,203 @@
+"""Holds a composed run against its schema, and says in one sentence what does not fit."""
+
+from __future__ import annotations
+
+import functools
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ValidationError, create_model
+from pydantic_core import ErrorDetails
+
+from cfm_train.config import schema, signature
+from cfm_train.config.quoting import TextKind
+from cfm_train.config.sentences import value
+from cfm_train.errors import UserError, nearest
+
+MISSING = "???"
+
+
+def validate(config: Mapping[str, Any], *, missing_allowed: bool = False) -> dict[str, Any]:
+    """Checks a composed config.
+
+    Args:
+        config: what `compose` gave.
+        missing_allowed: let keys that a person still has to give stand as ``???`` (to show them).
+
+    Returns:
+        the config with every number in the type that the schema names.
+
+    Raises:
+        UserError: the first key that does not fit, what was given and what is valid.
+    """
+    operation = config.get("operation")
+    if operation not in schema.OPERATIONS:
+        raise UserError(
+            f"operation: there is no operation {value(operation)}."
+            f"{nearest(str(operation), schema.OPERATIONS)}"
+        )
+    model = model_of(config)
+    try:
+        valid = model.model_validate(dict(config)).model_dump()
+        if not missing_allowed:
+            _refuse_missing(config)
+        return valid
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+    unknown = [one for one in found if one["type"] == "extra_forbidden"]
+    if unknown:
+        raise UserError(_unknown(config, model, _path(config, unknown[0]["loc"])))
+    if not missing_allowed:
+        _refuse_missing(config)
+    given = [one for one in found if not str(one["input"]).startswith(MISSING)]
+    if given:
+        raise UserError(_sentence(config, given))
+    return dict(config)
+
+
+def model_of(config: Mapping[str, Any]) -> type[schema.Run]:
+    """The schema of a config's operation, with the parameters of its brick kind in it."""
+    model = schema.OPERATIONS[config["operation"]]
+    section = config.get("brick")
+    if "brick" not in model.model_fields or not isinstance(section, Mapping):
+        return model
+    kind = section.get("kind")
+    known = signature.kinds("bricks", "Brick")
+    if kind not in known:
+        raise UserError(
+            f"brick.kind: there is no brick kind {value(kind)}.{nearest(str(kind), known)}"
+        )
+    return create_model(model.__name__, __base__=model, brick=(brick_model(kind), ...))
+
+
+@functools.cache
+def brick_model(kind: str) -> type[schema.Section]:
+    """The schema of one brick kind, made from the arguments of its class."""
+    fields: dict[str, Any] = {
+        name: (annotation, ...)
+        for name, annotation in signature.arguments("bricks", kind, "Brick").items()
+    }
+    fields |= {"kind": (Literal[kind], ...), "learning_rate": (schema.Rate, ...)}
+    return create_model(f"Brick_{kind}", __base__=schema.Section, **fields)
+
+
+@functools.cache
+def brick_text_keys() -> dict[str, TextKind]:
+    """The free-text parameters of brick kinds, except those on which two kinds disagree."""
+    found: dict[str, TextKind | None] = {}
+    for kind in signature.kinds("bricks", "Brick"):
+        for name, annotation in signature.arguments("bricks", kind, "Brick").items():
+            key, text = f"brick.{name}", schema.text_kind(annotation)
+            found[key] = text if found.get(key, text) == text else None
+    return {key: text for key, text in found.items() if text is not None}
+
+
+def _refuse_missing(config: Mapping[str, Any]) -> None:
+    missing = [key for key, given in leaves(config) if given == MISSING]
+    if missing:
+        first, *others = missing
+        also = f" (and {', '.join(others)})" if others else ""
+        raise UserError(
+            f"{first}{also} is missing: recipe '{config.get('recipe')}' needs it, add {first}=…"
+        )
+
+
+def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of a nested mapping with its dotted key."""
+    for key, given in config.items():
+        if isinstance(given, Mapping):
+            yield from leaves(given, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", given
+
+
+def _sentence(config: Mapping[str, Any], details: list[ErrorDetails]) -> str:
+    """The most telling of pydantic's errors: a key that is not there before one that does not fit."""
+    detail = min(details, key=lambda one: one["type"] != "missing")
+    path = _path(config, detail["loc"])
+    key = ".".join(path)
+    if detail["type"] == "missing":
+        return f"{key} is missing from recipe '{config.get('recipe')}': add {key}=…"
+    same = [one for one in details if _path(config, one["loc"]) == path]
+    return f"{key}={value(detail['input'])} does not fit: it must be {_expected(same)}."
+
+
+def _path(config: Any, location: tuple[int | str, ...]) -> list[str]:
+    """The part of pydantic's location that is a key (a union's member names follow it)."""
+    path: list[str] = []
+    for at, part in enumerate(location):
+        if isinstance(config, Mapping) and part in config:
+            config = config[part]
+        elif isinstance(config, Mapping) and at == len(location) - 1:
+            pass  # a missing key
+        else:
+            break
+        path.append(str(part))
+    return path
+
+
+def _unknown(config: Mapping[str, Any], model: type[schema.Run], path: list[str]) -> str:
+    key, operation = ".".join(path), config["operation"]
+    if len(path) == 1:
+        owners = [
+            name for name, other in schema.OPERATIONS.items() if path[0] in other.model_fields
+        ]
+        if owners:
+            listed = " and ".join(filter(None, [", ".join(owners[:-1]), owners[-1]]))
+            return f"{key} is a key of operation {listed}, not of {operation}."
+        return f"{key} is no key of operation {operation}.{nearest(key, _keys(model))}"
+    section = path[0]
+    owner = f"{section} '{config[section]['kind']}'" if section == "brick" else section
+    return f"{key} is no key of {owner}.{nearest(key, _keys(model, path[:-1]))}"
+
+
+def _keys(model: type[BaseModel], path: list[str] | None = None) -> list[str]:
+    for part in path or []:
+        model = next(
+            one
+            for one in _members(model.model_fields[part].annotation)
+            if isinstance(one, type) and issubclass(one, BaseModel)
+        )
+    prefix = "".join(f"{part}." for part in path or [])
+    return [f"{prefix}{name}" for name in model.model_fields]
+
+
+def _members(annotation: Any) -> list[Any]:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return list(typing.get_args(annotation))
+    if typing.get_origin(annotation) is Annotated:
+        return [typing.get_args(annotation)[0]]
+    return [annotation]
+
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "a text",
+    "list_type": "a list, [a, b]",
+    "dict_type": "a mapping, {key: value}",
+    "model_type": "a section with keys",
+    "none_required": "null",
+    "finite_number": "a finite number",
+}
+
+
+def _expected(details: list[ErrorDetails]) -> str:
+    phrases: list[str] = []
+    for detail in details:
+        context = detail.get("ctx", {})
+        phrase = _EXPECTED.get(detail["type"])
+        if detail["type"] == "string_pattern_mismatch":
+            phrase = schema.PATTERNS.get(context["pattern"])
+        if detail["type"] == "literal_error":
+            phrase = str(context["expected"]).replace("'", "")
+        elif detail["type"].startswith(("greater_than", "less_than")):
+            phrase = detail["msg"].removeprefix("Input should be ")
+        elif phrase is None:
+            phrase = detail["msg"].removeprefix("Input should be ").removeprefix("String should ")
+        if phrase not in phrases:
+            phrases.append(phrase)
+    return " or ".join(phrases)

@@ -1,0 +1,162 @@
+"""The lower bound: the bare backbone with a head trained alone, on the same budget as a brick.
+
+The backbone is frozen, so its features are computed once and the head trains on them: the very numbers that
+training it on top of the running backbone would give, at a fraction of the cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cfm_train.backbone.load import Backbone
+from cfm_train.bricks.head import HeadOnly
+from cfm_train.bricks.heads import Head, pool
+from cfm_train.config.compose import option
+from cfm_train.data.batches import BatchStream
+from cfm_train.data.encode import Encoded, TaskData
+from cfm_train.evaluation.evaluator import Answers
+from cfm_train.evaluation.judge import TOKENS_PER_BATCH, Judged, judge
+from cfm_train.training.dataset import EvaluationDataset
+from cfm_train.training.module import monitored
+from cfm_train.training.objectives import HEADED, headed_result
+from cfm_train.training.schedule import factor
+from cfm_train.training.seeding import reseed
+
+
+def floor_of(
+    backbone: Backbone,
+    tasks: Mapping[str, TaskData],
+    settings: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
+    *,
+    seed: int,
+) -> Judged:
+    """Scores of the frozen backbone with heads trained alone.
+
+    Args:
+        backbone: the backbone, nothing plugged.
+        tasks: the tasks.
+        settings: the ``trainer`` section: epochs, steps and batches are the brick's own.
+        evaluation: the ``evaluation`` section.
+        seed: as for the brick.
+    """
+    brick = HeadOnly().build(backbone)
+    for name, task in tasks.items():
+        if task.spec.type in HEADED:
+            brick.add_head(name, train_head(backbone, task, settings, seed=seed))
+    return judge(backbone, brick.eval(), tasks, evaluation, seed=seed)
+
+
+def train_head(
+    backbone: Backbone, task: TaskData, settings: Mapping[str, Any], *, seed: int
+) -> Head:
+    """A head trained on frozen features; the best by validation is kept.
+
+    Args:
+        backbone: the backbone as it is plugged: bare for the floor, with a brick to refit a head on it.
+        task: a task with a head.
+        settings: the ``trainer`` section.
+        seed: seed of batches and of the head's first values.
+    """
+    spec = task.spec
+    pooling = "none" if spec.type == "token" else "last" if backbone.family == "decoder" else "mean"
+    reseed(seed, "head", spec.name)
+    labels = None if spec.labels is None else list(spec.labels)
+    head = Head(spec.type, labels, backbone.hidden_size, pooling).to(backbone.device)
+    features = {
+        name: frozen_features(backbone, split, pooling)
+        for name, split in (("train", task.train), ("validation", task.validation))
+        if split is not None
+    }
+    stream = BatchStream(
+        {spec.name: task.train.lengths},
+        tokens_per_batch=settings["tokens_per_batch"],
+        rows_per_batch=settings["rows_per_batch"],
+        seed=seed,
+    )
+    epoch = stream.steps(1)
+    total = settings["max_steps"] or stream.steps(settings["epochs"])
+    rate = option("brick", "head")["learning_rate"]
+    optimizer = torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=0.0)
+    best, best_state = -float("inf"), head.state_dict()
+    for step in range(total):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * factor(
+                step, total=total, warmup=settings["warmup"], schedule=settings["schedule"]
+            )
+        _, rows = stream.batch_at(step)
+        result = _on_features(head, features["train"], rows)
+        optimizer.zero_grad(set_to_none=True)
+        (result.loss / max(1, result.count)).backward()
+        optimizer.step()
+        if task.validation is not None and ((step + 1) % epoch == 0 or step + 1 == total):
+            value = _validate(head, task, features["validation"])
+            if value > best:
+                best = value
+                best_state = {k: v.clone() for k, v in head.state_dict().items()}
+    if task.validation is not None:
+        head.load_state_dict(best_state)
+    return head.eval()
+
+
+Features = tuple[list[Tensor], list[Tensor]]
+
+
+@torch.inference_mode()
+def frozen_features(backbone: Backbone, encoded: Encoded, pooling: str) -> Features:
+    """What the head will see of every row, and the row's labels.
+
+    Returns:
+        For each row its features, ``[hidden]`` or ``[tokens, hidden]`` float32, and its labels.
+    """
+    features: list[Tensor] = [torch.empty(0)] * len(encoded)
+    labels: list[Tensor] = [torch.empty(0)] * len(encoded)
+    device = backbone.device
+    batches = EvaluationDataset({"features": encoded}, TOKENS_PER_BATCH, backbone.tokenizer.pad_token_id)
+    for batch in batches:
+        mask = batch["attention_mask"].to(device)
+        extra = {k: batch[k].to(device) for k in ("token_type_ids",) if k in batch}
+        hidden = backbone.hidden_states(batch["input_ids"].to(device), mask, **extra)
+        pooled = pool(hidden, mask, pooling)
+        for i, row in enumerate(batch["index"].tolist()):
+            length = int(batch["attention_mask"][i].sum())
+            whole = pooling == "none"
+            features[row] = pooled[i, :length].clone() if whole else pooled[i].clone()
+            labels[row] = batch["labels"][i, :length] if whole else batch["labels"][i]
+    return features, labels
+
+
+def _on_features(head: Head, data: Features, rows: Any) -> Any:
+    features, labels = data
+    chosen = [int(row) for row in rows]
+    if head.pooling == "none":
+        inputs = torch.cat([features[row] for row in chosen])[None]
+        right = torch.cat([labels[row] for row in chosen])[None].to(inputs.device)
+    else:
+        inputs = torch.stack([features[row] for row in chosen])
+        right = torch.stack([labels[row] for row in chosen]).to(inputs.device)
+    return headed_result(head.task_type, head.linear(inputs.clone()), right)
+
+
+@torch.no_grad()
+def _validate(head: Head, task: TaskData, data: Features) -> float:
+    answers = Answers(task.spec)
+    for start in range(0, len(data[0]), 512):
+        rows = np.arange(start, min(start + 512, len(data[0])))
+        if head.pooling == "none":
+            for row in rows:
+                result = _on_features(head, data, [row])
+                answers.add({"index": torch.tensor([row]), "labels": data[1][row][None]}, result)
+        else:
+            batch = {"index": torch.from_numpy(rows), "labels": torch.stack([data[1][r] for r in rows])}
+            answers.add(batch, _on_features(head, data, rows))
+    figures = {"loss": answers.loss()}
+    figures |= {k: v.value for k, v in answers.scores(bootstrap=0, seed=0).items()}
+    return monitored(task.spec, figures)
+
+

@@ -1,0 +1,77 @@
+"""Greedy answers of a language model, as a person reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from cfm_train.backbone.load import Backbone
+from cfm_train.data.encode import Encoded
+from cfm_train.data.tasks import TaskSpec
+from cfm_train.errors import UserError
+from cfm_train.training.objectives import IGNORED
+
+#: Rows generated together.
+ROWS = 16
+
+
+@torch.inference_mode()
+def answer_texts(
+    backbone: Backbone, spec: TaskSpec, encoded: Encoded, rows: Iterable[int], limit: int = 128
+) -> list[tuple[str, str]]:
+    """What the backbone, as it is plugged, writes for some rows, and what would be right.
+
+    Args:
+        backbone: a language model.
+        spec: a ``seq2seq`` or ``instruct`` task, or ``causal`` (the second half of the text is asked for).
+        encoded: the split.
+        rows: row numbers.
+        limit: most new tokens; fewer where all right answers are shorter than half of it.
+
+    Returns:
+        (said, right) for each row.
+    """
+    pairs = [_prompt_and_target(spec, encoded, row) for row in rows]
+    tokenizer = backbone.tokenizer
+    answers: list[tuple[str, str]] = []
+    for start in range(0, len(pairs), ROWS):
+        part = pairs[start : start + ROWS]
+        width = max(len(prompt) for prompt, _ in part)
+        ids = torch.full((len(part), width), tokenizer.pad_token_id, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        left = backbone.family == "decoder"  # what is generated follows the last prompt token
+        for i, (prompt, _) in enumerate(part):
+            where = slice(width - len(prompt), width) if left else slice(0, len(prompt))
+            ids[i, where] = torch.tensor(prompt)
+            mask[i, where] = 1
+        longest = max(len(target) for _, target in part)
+        written = backbone.model.generate(  # type: ignore[operator]
+            input_ids=ids.to(backbone.device),
+            attention_mask=mask.to(backbone.device),
+            max_new_tokens=min(limit, max(8, 2 * longest)),
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        new = written[:, width:] if left else written
+        said = tokenizer.batch_decode(new, skip_special_tokens=True)
+        right = tokenizer.batch_decode([target for _, target in part], skip_special_tokens=True)
+        answers += [(a.strip(), b.strip()) for a, b in zip(said, right, strict=True)]
+    return answers
+
+
+def _prompt_and_target(spec: TaskSpec, encoded: Encoded, row: int) -> tuple[list[int], list[int]]:
+    """Token ids that the model is given, and those that it should write."""
+    ids = encoded.slice("input_ids", row).tolist()
+    if spec.type == "seq2seq":
+        return ids, encoded.slice("target_ids", row).tolist()
+    if spec.type == "instruct":
+        labels = encoded.slice("token_labels", row).tolist()
+        first = next((i for i, label in enumerate(labels) if label != IGNORED), len(labels))
+        end = next((i for i in range(first, len(labels)) if labels[i] == IGNORED), len(labels))
+        return ids[:first], ids[first:end]
+    if spec.type == "causal":
+        half = max(1, len(ids) // 2)
+        return ids[:half], ids[half:]
+    raise UserError(f"The task '{spec.name}' ({spec.type}) has no written answers.")

@@ -1,0 +1,251 @@
+"""One run, from overrides to its record: check everything, then make a folder, then run.
+
+    config, inputs ─► config hash ─► <outputs>/runs/<recipe>/<name>-<hash>/ ─► run ─► record
+
+A folder with a finished record is not run again; one without is resumed by its operation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import re
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cfm_train.config.compose import as_yaml, compose
+from cfm_train.config.hashing import config_hash
+from cfm_train.config.validate import validate
+from cfm_train.errors import UserError
+
+#: What must be free before a run starts; an operation that needs more checks that itself.
+FREE_BYTES = 64 * 2**20
+
+#: Packages whose versions decide figures, and so stand in every record.
+PACKAGES = ("cfm_train", "torch", "transformers", "pytorch-lightning", "peft", "numpy")
+
+
+class RunFailed(Exception):
+    """A run broke off after it had begun: a failed record, and the traceback in its log."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that passed every check.
+
+    Attributes:
+        config: the composed, validated config.
+        inputs: what the operation's ``check`` returned.
+        hash: hash of everything that decides the result.
+        folder: where the run lives; not yet made.
+    """
+
+    config: dict[str, Any]
+    inputs: Any
+    hash: str
+    folder: Path
+
+    @property
+    def record_path(self) -> Path:
+        """The record's file."""
+        return self.folder / "record.json"
+
+    @property
+    def dashboard_path(self) -> Path:
+        """The dashboard's file."""
+        return self.folder / "dashboard.html"
+
+    def finished(self) -> dict[str, Any] | None:
+        """The record of this run where an earlier start finished it."""
+        if not self.record_path.is_file():
+            return None
+        from cfm_train.tracking.record import read_record
+
+        with contextlib.suppress(UserError):  # a record that cannot be read is written anew
+            record = dict(read_record(self.record_path))
+            if record["status"] == "done":
+                return record
+        return None
+
+    def start(self) -> dict[str, Any]:
+        """Runs the job, or gives the record of the finished run.
+
+        Returns:
+            the record, as it stands in ``record.json``.
+
+        Raises:
+            UserError: the run was refused before it had done anything; no folder is left.
+            RunFailed: it broke off later; the folder holds a failed record and a log.
+        """
+        record = self.finished()
+        if record is not None:
+            return record
+        with _folder(self):
+            return _run(self)
+
+
+def prepare(overrides: Sequence[str]) -> Job:
+    """Composes and checks a run from what a person typed."""
+    return checked(validate(compose(overrides)))
+
+
+def checked(config: dict[str, Any]) -> Job:
+    """Checks a validated config against the world: files, columns, library, free disk.
+
+    Raises:
+        UserError: something that the run needs is not there; nothing was made.
+    """
+    operation = operation_of(config)
+    inputs = operation.check(config)
+    total = config_hash(config, inputs.fingerprints)
+    recipe = config["recipe"].replace("/", "-")
+    name = re.sub(r"[^\w.+@-]+", "-", config["name"]).strip(".-") or "run"
+    folder = Path(config["outputs"]) / "runs" / recipe / f"{name[:80]}-{total[:10]}"
+    job = Job(config, inputs, total, folder.absolute())
+    if job.finished() is None:
+        _check_disk(job.folder, "outputs")
+    return job
+
+
+def operation_of(config: Mapping[str, Any]) -> Any:
+    """The module of the config's operation, with its ``check`` and ``run``."""
+    return importlib.import_module(f"cfm_train.operations.{config['operation']}")
+
+
+def _check_disk(folder: Path, key: str) -> None:
+    there = next(parent for parent in [folder, *folder.parents] if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"{key}: cannot write into {there}; choose another folder with {key}=DIR.")
+    free = shutil.disk_usage(there).free
+    if free < FREE_BYTES:
+        raise UserError(
+            f"{key}: the disk of {there} is full ({free / 2**20:.0f} MB free, a run needs "
+            f"{FREE_BYTES / 2**20:.0f}); make room or choose another folder with {key}=DIR."
+        )
+
+
+def first_process() -> bool:
+    """Whether this is the only process of the run, or the first of several."""
+    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
+
+
+@contextlib.contextmanager
+def _folder(job: Job) -> Iterator[None]:
+    """Makes the run folder and holds its lock, so that the same run never goes twice at once."""
+    if not first_process():
+        yield
+        return
+    from filelock import FileLock, Timeout
+
+    try:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(job.folder / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"This run is already going in another process ({job.folder}): wait for it, or change "
+            "name= or seed=."
+        ) from None
+    except OSError as error:
+        raise UserError(f"outputs: cannot make {job.folder}: {error.strerror}.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _run(job: Job) -> dict[str, Any]:
+    """Runs the operation in its folder, and writes the record whatever happens."""
+    fresh = not _begun(job.folder)
+    (job.folder / "config.yaml").write_text(as_yaml(job.config), encoding="utf-8")
+    started = time.monotonic()
+    try:
+        found = operation_of(job.config).run(job.config, job.inputs, job.folder)
+        return _finish(job, found, time.monotonic() - started)
+    except UserError as error:
+        if fresh and not _begun(job.folder):
+            shutil.rmtree(job.folder, ignore_errors=True)
+            raise
+        _fail(job, error, time.monotonic() - started)
+        raise RunFailed(str(error)) from error
+    except Exception as error:
+        _fail(job, error, time.monotonic() - started)
+        raise RunFailed(f"{type(error).__name__}: {_first_line(error)}") from error
+
+
+def _begun(folder: Path) -> bool:
+    """Whether the run has left anything that a later start builds on."""
+    metrics, checkpoints = folder / "metrics.jsonl", folder / "checkpoints"
+    return (metrics.is_file() and metrics.stat().st_size > 0) or (
+        checkpoints.is_dir() and any(checkpoints.iterdir())
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or "no message").splitlines()[0]
+
+
+def _known(job: Job, seconds: float) -> dict[str, Any]:
+    """What stands in every record, whatever the operation."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return {
+        "operation": job.config["operation"],
+        "recipe": job.config["recipe"],
+        "name": job.config["name"],
+        "seed": job.config["seed"],
+        "config_hash": job.hash,
+        "versions": versions,
+        "inputs": dict(job.inputs.fingerprints),
+        "cost": {"seconds": seconds},
+    }
+
+
+def _finish(job: Job, found: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+    """Completes the operation's record with what every run knows, writes it and draws it."""
+    from cfm_train.tracking.dashboard import draw
+    from cfm_train.tracking.record import new_record, read_record, write_record
+
+    known = _known(job, seconds)
+    cost = {**known["cost"], **(found.get("cost") or {})}
+    record = new_record(**{**known, **found, "cost": cost})
+    if first_process():
+        if not job.dashboard_path.is_file():
+            draw([record], job.dashboard_path)
+        write_record(record, job.record_path)  # last: its presence means that the run is done
+        return dict(read_record(job.record_path))
+    return dict(record)
+
+
+def _fail(job: Job, error: Exception, seconds: float) -> None:
+    """Leaves the traceback in the log and a failed record; a full disk may keep both away."""
+    from cfm_train.tracking.dashboard import draw
+    from cfm_train.tracking.record import new_record, write_record
+
+    with contextlib.suppress(OSError):
+        with open(job.folder / "log.txt", "a", encoding="utf-8") as log:
+            log.write("".join(traceback.format_exception(error)))
+        text = _first_line(error)
+        record = new_record(**_known(job, seconds), status="failed", error=text)
+        draw([record], job.dashboard_path)
+        write_record(record, job.record_path)
+
+
+def print_again(job: Job) -> None:
+    """The figures of a run that an earlier start finished."""
+    record = job.finished() or {}
+    print(f"This run was finished before (status {record.get('status')}); these are its figures:")
+    for key, figure in record.get("metrics", {}).items():
+        bounds = f"{figure['low']:.4f} to {figure['high']:.4f}, n = {figure['n']}"
+        print(f"  {key:30} {figure['value']:.4f}  ({bounds})")

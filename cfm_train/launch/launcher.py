@@ -1,0 +1,72 @@
+"""Hands the runs of a sweep to a Hydra launcher: Ray, submitit (Slurm) or any installed one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra._internal.callbacks import Callbacks
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.types import HydraContext, RunMode
+from omegaconf import DictConfig
+
+from cfm_train.config import sentences, source
+from cfm_train.config.compose import hydra_session, plain
+from cfm_train.config.validate import validate
+
+if TYPE_CHECKING:
+    from cfm_train.launch.sweep import Planned
+
+
+def launch(runs: Sequence[Planned], folder: Path) -> None:
+    """Runs all of them through the launcher that their overrides name, and notes how each ended.
+
+    Args:
+        runs: the runs that are missing; their `status` and `error` are set.
+        folder: where the launcher keeps its own files.
+
+    Raises:
+        UserError: there is no such launcher, or one of its settings is wrong.
+    """
+    quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
+    own = [f"hydra.sweep.dir='{quoted}'", "hydra.sweep.subdir=${hydra:job.num}"]
+    with hydra_session(), sentences.translated():
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None
+        settings = [o for o in runs[0].overrides if o.startswith(("hydra.", "hydra/"))]
+        config = hydra.compose_config(
+            config_name="config",
+            overrides=[*settings, *own],
+            run_mode=RunMode.MULTIRUN,
+            with_log_configuration=False,
+        )
+        context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(config))
+        launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=context, task_function=run_one, config=config
+        )
+        jobs = [[o for o in run.overrides if not o.startswith("hydra")] for run in runs]
+    results = launcher.launch(jobs, initial_job_idx=0)
+    for run, result in zip(runs, results, strict=True):
+        run.status, run.error = _read(result)
+
+
+def _read(result: JobReturn) -> tuple[str, str | None]:
+    """How a launched run ended; what the launcher itself lost counts as failed."""
+    if result.status == JobStatus.COMPLETED:
+        status, error = result.return_value
+        return status, error
+    cause = getattr(result, "_return_value", None)
+    return "failed", f"the launcher lost the run: {cause}"
+
+
+def run_one(config: DictConfig) -> tuple[str, str | None]:
+    """What the launcher calls, in whichever process or machine: one run to its end."""
+    from cfm_train.launch.sweep import outcome
+
+    source.register()  # a fresh process does not know our recipes yet
+    chosen: Any = HydraConfig.get().runtime.choices
+    return outcome(validate(plain(config, chosen)))

@@ -1,0 +1,51 @@
+"""What operations share once torch may be imported: threads, the backbone, and the proof that it held still."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from cfm_train.backbone.spec import ResolvedBackbone
+
+if TYPE_CHECKING:
+    from cfm_train.backbone.load import Backbone
+
+
+def open_backbone(
+    resolved: ResolvedBackbone,
+    section: Mapping[str, Any],
+    trainer: Mapping[str, Any] | None = None,
+) -> tuple[Backbone, str]:
+    """Loads the backbone on the best device and takes the checksum of its tensors.
+
+    Args:
+        resolved: the backbone's folder.
+        section: the ``backbone`` section; its ``dtype`` goes before the trainer's ``precision``.
+        trainer: the ``trainer`` section where there is one: precision, threads, determinism.
+
+    Returns:
+        The backbone and its checksum.
+    """
+    import torch
+    from transformers.utils import logging
+
+    from cfm_train.backbone.load import load_backbone
+
+    logging.disable_progress_bar()
+    trainer = trainer or {}
+    if trainer.get("threads"):
+        torch.set_num_threads(trainer["threads"])
+    torch.use_deterministic_algorithms(bool(trainer.get("deterministic")))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = section["dtype"]
+    if dtype == "auto":
+        dtype = trainer.get("precision", "auto")
+    backbone = load_backbone(resolved, dtype=dtype, device=device)
+    return backbone, backbone.checksum()
+
+
+def unchanged(backbone: Backbone, before: str, resolved: ResolvedBackbone) -> bool:
+    """Whether tensors in memory and files on disk are what they were when the run began."""
+    from cfm_train.backbone.fingerprint import fingerprint
+
+    return backbone.checksum() == before and fingerprint(resolved.folder) == backbone.fingerprint

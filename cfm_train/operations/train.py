@@ -1,0 +1,227 @@
+"""Train a brick on a task, judge it on the test split, and put it into the library.
+
+    check    backbone, data, library, all before torch is imported
+    run      load ─► build ─► fit ─► test (and the lower bound) ─► store ─► record
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cfm_train.backbone.fingerprint import fingerprint, tokenizer_hash
+from cfm_train.backbone.spec import ResolvedBackbone, resolve
+from cfm_train.data.sources import Checked, check_all
+from cfm_train.library.card import check_name
+from cfm_train.library.store import Library
+from cfm_train.tracking.wandb_run import resolve_mode
+
+if TYPE_CHECKING:
+    from cfm_train.backbone.load import Backbone
+    from cfm_train.bricks.brick import Brick
+    from cfm_train.data.encode import TaskData
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What `check` found.
+
+    Attributes:
+        backbone: the backbone's folder and config.
+        tasks: the tasks with all their rows.
+        library: where the brick will go.
+        fingerprints: content hashes for the config hash.
+    """
+
+    backbone: ResolvedBackbone
+    tasks: dict[str, Checked]
+    library: Library
+    fingerprints: dict[str, str]
+
+
+def check(config: dict[str, Any]) -> Inputs:
+    """Checks everything that a training run needs, without torch.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    check_name(config["name"])
+    resolve_mode(config["tracking"]["mode"])
+    backbone = resolve(config["backbone"])
+    tasks = {task.spec.name: task for task in check_all(config["data"])}
+    library = Library(config["library"])
+    library.check_writable()
+    fingerprints = {"backbone": fingerprint(backbone.folder)}
+    for name, task in tasks.items():
+        fingerprints |= {f"data/{name}/{k}": v for k, v in task.fingerprints.items()}
+    return Inputs(backbone, tasks, library, fingerprints)
+
+
+def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
+    """Trains, evaluates and stores; returns the record's own part.
+
+    Raises:
+        RuntimeError: training diverged; the message names step and rows.
+    """
+    from cfm_train.bricks.kinds import make_brick
+    from cfm_train.bricks.stored import store
+    from cfm_train.evaluation.floor import floor_of
+    from cfm_train.evaluation.judge import judge
+    from cfm_train.operations.setting import open_backbone, unchanged
+    from cfm_train.tracking.metrics_file import MetricsFile
+    from cfm_train.tracking.wandb_run import WandbRun
+    from cfm_train.training.checkpoint import read_position
+    from cfm_train.training.cost import peak_memory
+    from cfm_train.training.fit import fit
+    from cfm_train.training.module import Diverged
+    from cfm_train.training.samples import SampleOutputs
+    from cfm_train.training.seeding import reseed
+
+    settings = config["trainer"]
+    backbone, before = open_backbone(inputs.backbone, config["backbone"], settings)
+    tasks = _encode(inputs, backbone)
+    reseed(config["seed"], "brick")
+    brick = make_brick(config["brick"]).build(backbone)
+    add_heads(brick, backbone, tasks)
+
+    position = read_position(folder / "checkpoints")
+    metrics = MetricsFile(folder / "metrics.jsonl")
+    metrics.cut_back(position.step)
+    tracking = config["tracking"]
+    wandb = WandbRun(
+        tracking["mode"],
+        tracking["project"],
+        tracking["group"],
+        "train",
+        tracking["tags"],
+        config,
+        folder,
+    )
+    failed = True
+    try:
+        samples = SampleOutputs(backbone, tasks, settings["samples"], wandb)
+        try:
+            fitted = fit(
+                backbone,
+                brick,
+                tasks,
+                settings,
+                seed=config["seed"],
+                folder=folder,
+                position=position,
+                metrics=metrics,
+                wandb=wandb,
+                callbacks=[samples] if settings["samples"] else [],
+            )
+        except Diverged as error:
+            raise RuntimeError(_where(error, tasks)) from None
+        judged = judge(backbone, brick, tasks, config["evaluation"], seed=config["seed"])
+        matrix = judged.cells(config["name"], "brick")
+        floor = None
+        if config["evaluation"]["head_only"]:
+            floor = floor_of(backbone, tasks, settings, config["evaluation"], seed=config["seed"])
+            matrix += floor.cells("frozen backbone", "floor")
+        same = unchanged(backbone, before, inputs.backbone)
+        card = store(
+            brick,
+            inputs.library,
+            backbone,
+            name=config["name"],
+            operation="train",
+            tokenizer=tokenizer_hash(inputs.backbone.folder),
+            recipe=config,
+            data=[
+                {"name": n, "fingerprint": fp, "licence": None}
+                for n, task in inputs.tasks.items()
+                for fp in [task.fingerprints["train"]]
+            ],
+            metrics=judged.figures(),
+            run=folder.name,
+        )
+        record = {
+            "brick": {
+                "name": card.name,
+                "version": card.version,
+                "path": str(inputs.library.folder(card)),
+                "parents": [],
+            },
+            "backbone": {
+                "id": backbone.id,
+                "fingerprint": backbone.fingerprint,
+                "unchanged": same,
+            },
+            "metrics": judged.figures() | (floor.figures("floor") if floor else {}),
+            "checks": {
+                "backbone unchanged": {"value": same, "tolerance": None, "passed": same},
+                "unplugged equals bare": judged.unplugged,
+            },
+            "cost": {
+                "train_seconds": fitted.train_seconds,
+                "samples_per_second": fitted.rows / max(fitted.train_seconds, 1e-9),
+                "tokens_per_second": fitted.tokens / max(fitted.train_seconds, 1e-9),
+                "peak_memory_bytes": peak_memory(),
+                "trainable_parameters": brick_size(brick),
+                "flop_share": fitted.flop_share,
+            },
+            "data": _data_report(inputs),
+            "matrix": matrix,
+            "samples": samples.latest,
+            "curves": "metrics.jsonl",
+        }
+        wandb.table("matrix", list(matrix[0]), [list(cell.values()) for cell in matrix])
+        wandb.artifact(card.name, "brick", inputs.library.folder(card), {"version": card.version})
+        wandb.summary({name: figure["value"] for name, figure in record["metrics"].items()})
+        failed = False
+    finally:
+        wandb.finish(int(failed))
+    return {**record, "wandb": wandb.as_record()}
+
+
+def add_heads(brick: Brick, backbone: Backbone, tasks: dict[str, TaskData]) -> None:
+    """Gives the brick a head for each task that needs one, pooled as suits the backbone's family."""
+    from cfm_train.bricks.heads import Head
+    from cfm_train.training.objectives import HEADED
+
+    pooling = "last" if backbone.family == "decoder" else "mean"
+    for name, task in tasks.items():
+        if task.spec.type in HEADED:
+            labels = None if task.spec.labels is None else list(task.spec.labels)
+            own = "none" if task.spec.type == "token" else pooling
+            brick.add_head(name, Head(task.spec.type, labels, backbone.hidden_size, own))
+    brick.to(backbone.device)
+
+
+def brick_size(brick: Brick) -> int:
+    """Trained numbers of the brick, heads included, whether or not they still ask for gradients."""
+    return sum(p.numel() for p in brick.parameters())
+
+
+def _encode(inputs: Inputs, backbone: Backbone) -> dict[str, TaskData]:
+    from cfm_train.data.encode import encode
+    from cfm_train.paths import cache_dir
+
+    return {n: encode(t, backbone.tokenizer, cache_dir()) for n, t in inputs.tasks.items()}
+
+
+def _where(error: Any, tasks: dict[str, TaskData]) -> str:
+    """A divergence with the places of its rows."""
+    rows = [tasks[error.task].train.row(i)["_at"] for i in error.rows[:5]]
+    more = f" and {len(error.rows) - 5} more" if len(error.rows) > 5 else ""
+    return (
+        f"Training stopped: {error}; the batch's rows: {', '.join(rows)}{more}. Lower "
+        "trainer.learning_rate, or look at these rows."
+    )
+
+
+def _data_report(inputs: Inputs) -> dict[str, Any]:
+    reports = {name: task.report() for name, task in inputs.tasks.items()}
+    return {
+        "leaks": {name: report["leaks"] for name, report in reports.items()},
+        "skipped_rows": sum(report["skipped_rows"] for report in reports.values()),
+        "fingerprints": {
+            f"{name}/{split}": value
+            for name, report in reports.items()
+            for split, value in report["fingerprints"].items()
+        },
+    }

@@ -1,0 +1,112 @@
+"""What a person follows while a brick trains: the metrics file, W&B, and the progress bar."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+from tqdm import tqdm
+
+from cfm_train.tracking.metrics_file import MetricsFile
+from cfm_train.tracking.wandb_run import WandbRun
+from cfm_train.training.cost import peak_memory
+
+
+class MetricsLog(Callback):
+    """Writes every step and every validation to ``metrics.jsonl`` and to W&B.
+
+    Args:
+        file: the run's metrics file.
+        wandb: the run's W&B side.
+    """
+
+    def __init__(self, file: MetricsFile, wandb: WandbRun) -> None:
+        self.file = file
+        self.wandb = wandb
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Logs the step's loss, learning rate and gradient norm."""
+        values = {name: outputs[name] for name in outputs if name.startswith("train/")}
+        self._log(outputs["step"], values)
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Logs the validation's figures."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        values = {
+            name: float(value)
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith("validation/")
+        }
+        self._log(trainer.global_step, values)
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        self.file.append(step, values)
+        self.wandb.log(step, values)
+
+
+class Progress(Callback):
+    """A bar over optimiser steps: loss, samples/s, tokens/s, share of the FLOP limit, memory.
+
+    Args:
+        steps: optimiser steps of the run.
+        matmul_parameters: N of the 4N limit, see `training.cost`.
+        peak_flops: what this machine multiplies at best, FLOP/s.
+    """
+
+    def __init__(self, steps: int, matmul_parameters: int, peak_flops: float) -> None:
+        self.steps = steps
+        self.flops_per_token = 4 * matmul_parameters
+        self.peak_flops = peak_flops
+        self._bar: Any = None
+        self._recent: deque[tuple[float, int, int]] = deque(maxlen=20)
+        self._shown = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Opens the bar where the run stands."""
+        self._bar = tqdm(
+            total=self.steps,
+            initial=trainer.global_step,
+            desc="train",
+            unit="step",
+            file=sys.stderr,
+            mininterval=1.0 if sys.stderr.isatty() else 30.0,
+            dynamic_ncols=True,
+            leave=True,
+        )
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Moves the bar; the figures are means over the last steps."""
+        self._recent.append((outputs["seconds"], outputs["rows"], outputs["tokens"]))
+        if time.perf_counter() - self._shown > 0.5:
+            self._shown = time.perf_counter()
+            seconds = sum(r[0] for r in self._recent) or 1e-9
+            tokens = sum(r[2] for r in self._recent) / seconds
+            self._bar.set_postfix_str(
+                f"loss {outputs['train/loss']:.3f}, "
+                f"{sum(r[1] for r in self._recent) / seconds:.0f} samples/s, "
+                f"{tokens:.0f} tokens/s, "
+                f"{tokens * self.flops_per_token / self.peak_flops:.0%} of 4N, "
+                f"{peak_memory() / 2**30:.1f} GiB",
+                refresh=False,
+            )
+        self._bar.update(1)
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Closes the bar."""
+        self._bar.close()
+
+    def on_exception(
+        self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Closes the bar, so that the error starts on a line of its own."""
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,84 @@
+"""Training data as an endless stream of optimiser steps, each a function of its number alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch.utils.data import IterableDataset
+
+from cfm_train.data.batches import BatchStream, collate, in_order
+from cfm_train.data.encode import Encoded
+from cfm_train.training.objectives import Batch
+
+
+def make_batch(task: str, encoded: Encoded, indices: object, pad_id: int) -> Batch:
+    """A collated batch that knows its task and how many real tokens it holds."""
+    batch: Batch = dict(collate(encoded, indices, pad_id))  # type: ignore[arg-type]
+    batch["task"] = task
+    batch["tokens"] = int(batch["attention_mask"].sum())
+    return batch
+
+
+class StepDataset(IterableDataset):  # type: ignore[type-arg]
+    """Groups of micro-batches, one group for each optimiser step, without end.
+
+    Args:
+        stream: which rows make up which micro-step.
+        splits: training rows by task name.
+        accumulate: micro-batches of one optimiser step.
+        pad_id: the tokenizer's padding token.
+
+    Attributes:
+        start: the step that iteration begins with; a resumed run sets it.
+    """
+
+    def __init__(
+        self, stream: BatchStream, splits: Mapping[str, Encoded], accumulate: int, pad_id: int
+    ) -> None:
+        self.stream = stream
+        self.splits = splits
+        self.accumulate = accumulate
+        self.pad_id = pad_id
+        self.start = 0
+
+    def group_at(self, step: int) -> list[Batch]:
+        """The micro-batches of one optimiser step."""
+        group = []
+        for micro in range(step * self.accumulate, (step + 1) * self.accumulate):
+            task, indices = self.stream.batch_at(micro)
+            group.append(make_batch(task, self.splits[task], indices, self.pad_id))
+        return group
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        step = self.start
+        while True:
+            yield self.group_at(step)
+            step += 1
+
+
+class EvaluationDataset(IterableDataset):  # type: ignore[type-arg]
+    """Every row of some splits once, in batches of nearly equal length, the longest first.
+
+    Args:
+        splits: rows by task name.
+        tokens_per_batch: most tokens of a batch, padding included.
+        pad_id: the tokenizer's padding token.
+    """
+
+    def __init__(self, splits: Mapping[str, Encoded], tokens_per_batch: int, pad_id: int) -> None:
+        self.splits = splits
+        self.pad_id = pad_id
+        self.plan = [
+            (task, rows)
+            for task, encoded in splits.items()
+            for rows in in_order(
+                encoded.lengths, tokens_per_batch=tokens_per_batch, rows_per_batch=4096
+            )
+        ]
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for task, rows in self.plan:
+            yield make_batch(task, self.splits[task], rows, self.pad_id)

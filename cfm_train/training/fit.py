@@ -1,0 +1,219 @@
+"""Training a brick: the one place where Lightning's Trainer is set up, started and resumed."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, EarlyStopping
+from torch.utils.data import DataLoader
+
+from cfm_train.backbone.load import Backbone
+from cfm_train.bricks.brick import Brick
+from cfm_train.data.batches import BatchStream
+from cfm_train.data.encode import TaskData
+from cfm_train.tracking.metrics_file import MetricsFile
+from cfm_train.tracking.wandb_run import WandbRun
+from cfm_train.training.callbacks import MetricsLog, Progress
+from cfm_train.training.checkpoint import AtomicCheckpointIO, ExactCheckpoint, Position
+from cfm_train.training.cost import matmul_parameters, peak_flops
+from cfm_train.training.dataset import EvaluationDataset, StepDataset
+from cfm_train.training.lr_finder import find_learning_rate
+from cfm_train.training.module import MONITOR, BrickModule, Optimisation
+
+#: Batches of evaluation hold no gradients and may be larger than those of training.
+EVALUATION_FACTOR = 4
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What training leaves behind.
+
+    Attributes:
+        steps: optimiser steps done.
+        best_step: the step whose brick was kept; equal to ``steps`` without validation.
+        learning_rate: the peak rate that was used.
+        rows, tokens: how much was trained on (real tokens, padding left out).
+        train_seconds: time inside optimiser steps.
+        flop_share: achieved share of the 4N limit.
+        stopped: why training ended: ``finished`` or ``early``.
+    """
+
+    steps: int
+    best_step: int
+    learning_rate: float
+    rows: int
+    tokens: int
+    train_seconds: float
+    flop_share: float
+    stopped: str
+
+
+def plan_steps(stream: BatchStream, settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Optimiser steps of the run, and between two validations.
+
+    Args:
+        stream: the training batches.
+        settings: the ``trainer`` section.
+    """
+    accumulate = settings["accumulate"]
+    epoch = max(1, math.ceil(stream.steps(1) / accumulate))
+    total = settings["max_steps"] or max(1, math.ceil(stream.steps(settings["epochs"]) / accumulate))
+    return total, min(total, settings["validate_every"] or epoch)
+
+
+def fit(
+    backbone: Backbone,
+    brick: Brick,
+    tasks: Mapping[str, TaskData],
+    settings: Mapping[str, Any],
+    *,
+    seed: int,
+    folder: Path,
+    position: Position,
+    metrics: MetricsFile,
+    wandb: WandbRun,
+    callbacks: list[Callback] | None = None,
+) -> Fitted:
+    """Trains a brick, or goes on where a killed run left off, and puts its best state into it.
+
+    Args:
+        backbone: the frozen backbone.
+        brick: the brick with its heads, built for the backbone.
+        tasks: the tasks by name.
+        settings: the ``trainer`` section of the recipe.
+        seed: decides batches, dropout and initial values.
+        folder: the run folder; checkpoints go to ``checkpoints/``.
+        position: where the run stands, see `checkpoint.read_position`.
+        metrics: the run's metrics file, already cut back to that position.
+        wandb: the run's W&B side.
+        callbacks: more Lightning callbacks.
+
+    Raises:
+        Diverged: see `BrickModule.training_step`.
+    """
+    splits = {name: task.train for name, task in tasks.items()}
+    stream = BatchStream(
+        {name: split.lengths for name, split in splits.items()},
+        tokens_per_batch=settings["tokens_per_batch"],
+        rows_per_batch=settings["rows_per_batch"],
+        seed=seed,
+    )
+    total, every = plan_steps(stream, settings)
+    pad_id = backbone.tokenizer.pad_token_id
+    dataset = StepDataset(stream, splits, settings["accumulate"], pad_id)
+    validation = {name: task.validation for name, task in tasks.items() if task.validation}
+    options = Optimisation(
+        learning_rate=settings["learning_rate"],
+        weight_decay=settings["weight_decay"],
+        clip=settings["clip"] or None,
+        warmup=settings["warmup"],
+        schedule=settings["schedule"],
+        steps=total,
+        seed=seed,
+        diverged=settings["divergence"],
+    )
+    specs = {name: task.spec for name, task in tasks.items()}
+    checkpoint = ExactCheckpoint(
+        folder / "checkpoints",
+        every=settings["checkpoint_every"] or every,
+        monitor=MONITOR if validation else None,
+        maximize=True,
+    )
+    if position.learning_rate is not None:
+        options = replace(options, learning_rate=position.learning_rate)
+    elif settings["find_learning_rate"]:
+        module = BrickModule(backbone, brick, specs, options)
+        options = replace(options, learning_rate=find_learning_rate(module, dataset, folder))
+    module = BrickModule(backbone, brick, specs, options)
+    dataset.start = position.step
+
+    work = matmul_parameters(backbone)
+    peak = peak_flops(backbone.dtype, backbone.device)
+    watchers: list[Callback] = [MetricsLog(metrics, wandb), Progress(total, work, peak)]
+    if settings["patience"] and validation:
+        watchers.append(EarlyStopping(MONITOR, patience=settings["patience"], mode="max"))
+    # The checkpoint comes last, so that it holds what the other callbacks know of this step.
+    watchers += [*(callbacks or []), checkpoint]
+    trainer = _trainer(backbone, total, every, watchers, settings, folder, bool(validation))
+    loader: DataLoader[Any] = DataLoader(dataset, batch_size=None, collate_fn=_as_is)
+    evaluation = DataLoader(
+        EvaluationDataset(validation, EVALUATION_FACTOR * settings["tokens_per_batch"], pad_id),
+        batch_size=None,
+        collate_fn=_as_is,
+    )
+    if position.step < total and not position.stopped:
+        trainer.fit(
+            module,
+            loader,
+            evaluation if validation else None,
+            ckpt_path=str(checkpoint.last_path) if position.step else None,
+            weights_only=True,
+        )
+        steps = trainer.global_step
+    else:  # killed after the last step: nothing is left to train
+        state = torch.load(checkpoint.last_path, map_location="cpu", weights_only=True)
+        module.on_load_checkpoint(state)
+        module.load_state_dict(state["state_dict"])
+        checkpoint.load_state_dict(state["callbacks"][checkpoint.state_key])
+        steps = position.step
+    best = checkpoint.load_best(brick) or steps
+    backbone.slots.unplug()
+    brick.eval()
+    rate = module.tokens_seen / max(module.train_seconds, 1e-9)
+    return Fitted(
+        steps=steps,
+        best_step=best,
+        learning_rate=options.learning_rate,
+        rows=module.rows_seen,
+        tokens=module.tokens_seen,
+        train_seconds=module.train_seconds,
+        flop_share=rate * 4 * work / peak,
+        stopped="early" if steps < total else "finished",
+    )
+
+
+def _trainer(
+    backbone: Backbone,
+    total: int,
+    every: int,
+    callbacks: list[Callback],
+    settings: Mapping[str, Any],
+    folder: Path,
+    validates: bool,
+) -> pl.Trainer:
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # Lightning's advice is about data loaders with workers; ours only gathers numbers in memory.
+    warnings.filterwarnings("ignore", module=r"pytorch_lightning.*")
+    return pl.Trainer(
+        accelerator="gpu" if backbone.device.type == "cuda" else "cpu",
+        devices=1,
+        max_steps=total,
+        max_epochs=-1,
+        val_check_interval=every if validates else None,
+        check_val_every_n_epoch=None,
+        limit_val_batches=None if validates else 0,
+        num_sanity_val_steps=0,
+        callbacks=callbacks,
+        plugins=[AtomicCheckpointIO()],
+        deterministic=settings["deterministic"],
+        default_root_dir=str(folder),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+def _as_is(batch: Any) -> Any:
+    """Batches come collated."""
+    return batch

@@ -1,0 +1,127 @@
+"""Objectives: what a task type minimises, as a sum over items and the number of items.
+
+A sum and a count, never a mean: micro-batches are added up and divided once by the whole group's count,
+so that every row (or token) weighs the same however the batches fell.
+
+    classification   cross entropy on the head's logits        per row
+    multilabel       binary cross entropy, summed over labels  per row
+    regression       squared error                             per row
+    token            cross entropy on labelled tokens          per token
+    causal, instruct cross entropy on the next token           per token that has a label
+    seq2seq          the same on the decoder                   per target token
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cfm_train.backbone.load import Backbone
+from cfm_train.bricks.heads import Head
+
+IGNORED = -100
+
+#: Task types that a head answers; the others use the language model's own.
+HEADED = ("classification", "multilabel", "regression", "token")
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an objective computes of one micro-batch.
+
+    Attributes:
+        loss: sum over items, a scalar float32 tensor.
+        count: number of items.
+        logits: the head's logits (headed tasks), else None.
+        row_loss: ``[batch]`` float32, each row's sum.
+        row_count: ``[batch]`` int64, each row's number of items.
+    """
+
+    loss: Tensor
+    count: int
+    logits: Tensor | None
+    row_loss: Tensor
+    row_count: Tensor
+
+
+def count_items(task_type: str, batch: Batch) -> int:
+    """How many items of a batch the loss is summed over, known before the forward pass."""
+    labels = batch["labels"]
+    if task_type in ("classification", "multilabel", "regression"):
+        return int(labels.shape[0])
+    if task_type in ("causal", "instruct"):  # the first token has nothing before it
+        return int((labels[:, 1:] != IGNORED).sum())
+    return int((labels != IGNORED).sum())
+
+
+def compute(task_type: str, backbone: Backbone, head: Head | None, batch: Batch) -> Result:
+    """The loss of one micro-batch with whatever is plugged into the backbone.
+
+    Args:
+        task_type: a task type of `data.tasks`.
+        backbone: the frozen backbone.
+        head: the task's head, None where the language model's own answers.
+        batch: ``input_ids`` and ``attention_mask`` int64 ``[batch, seq]``, ``labels`` by task type.
+    """
+    if task_type in HEADED:
+        assert head is not None
+        extra = {key: batch[key] for key in ("token_type_ids",) if key in batch}
+        hidden_states = backbone.hidden_states(batch["input_ids"], batch["attention_mask"], **extra)
+        return headed_result(task_type, head(hidden_states, batch["attention_mask"]), batch["labels"])
+    if task_type == "seq2seq":
+        logits = backbone.logits(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            labels=batch["labels"],
+        )
+        return _tokens(logits, batch["labels"])
+    return _next_token(backbone, batch)
+
+
+def headed_result(task_type: str, logits: Tensor, labels: Tensor) -> Result:
+    """The loss of a head's logits ``[batch, labels]`` (``token``: ``[batch, seq, labels]``)."""
+    ones = torch.ones(len(labels), dtype=torch.int64, device=labels.device)
+    if task_type == "classification":
+        rows = F.cross_entropy(logits, labels, reduction="none")
+    elif task_type == "multilabel":
+        rows = F.binary_cross_entropy_with_logits(
+            logits, labels.to(logits.dtype), reduction="none"
+        ).sum(dim=1)
+    elif task_type == "regression":
+        rows = F.mse_loss(logits[:, 0], labels.to(logits.dtype), reduction="none")
+    else:
+        return _tokens(logits, labels)
+    return Result(rows.sum(), len(labels), logits, rows.detach(), ones)
+
+
+def _tokens(logits: Tensor, labels: Tensor) -> Result:
+    """Cross entropy of ``[batch, seq, classes]`` against ``[batch, seq]`` with -100 left out."""
+    losses = F.cross_entropy(
+        logits.float().transpose(1, 2), labels, reduction="none", ignore_index=IGNORED
+    )
+    counts = (labels != IGNORED).sum(dim=1)
+    return Result(losses.sum(), int(counts.sum()), logits, losses.detach().sum(dim=1), counts)
+
+
+def _next_token(backbone: Backbone, batch: Batch) -> Result:
+    """Next-token loss; the vocabulary is multiplied only where some row has a label."""
+    labels = batch["labels"]
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # token i predicts token i + 1
+    positions = (targets != IGNORED).any(dim=0).nonzero()[:, 0]
+    extra = {key: batch[key] for key in ("position_ids",) if key in batch}
+    if "logits_to_keep" in inspect.signature(backbone.model.forward).parameters:
+        extra["logits_to_keep"] = positions
+    logits = backbone.logits(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **extra
+    )
+    if logits.shape[1] != len(positions):
+        logits = logits[:, positions]
+    result = _tokens(logits, targets[:, positions])
+    return Result(result.loss, result.count, None, result.row_loss, result.row_count)

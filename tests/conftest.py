@@ -1,0 +1,24 @@
+"""What all tests share: the folder with real models and data, and a cache of the tests' own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# One thread per process: tests run side by side, and oversubscribed cores crawl.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real models and data sets beside the checkout; tests skip where it is absent."""
+    folder = ROOT.parent / "shared"
+    if not (folder / "models").is_dir():
+        pytest.skip("needs real models and data in ../shared, which is absent")
+    return folder
