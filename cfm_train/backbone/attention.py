@@ -4,12 +4,15 @@ transformers calls one function for every attention layer, looked up by name. Ou
 its SDPA with one step before it: where a brick put keys and values into the site's slot, they are
 set in front of the layer's own, for the rows that carry the brick. The cache of generation never
 holds them, so unplugging leaves nothing behind, and every architecture gets the port the same way.
+
+Where attention has a relative bias (T5), the extra keys get the bias of tokens that lie right before
+the sequence, as if they stood in the cache. A weight w other than 0 and 1 adds log w to their scores.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,83 +20,145 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from cfm_train.backbone.sites import AttentionSite
+from cfm_train.backbone.virtual import Source, VirtualTokens, Weight, group, read
+from cfm_train.errors import UserError
+
+if TYPE_CHECKING:
+    from cfm_train.backbone.prompts import Stack
+
 NAME = "cfm_sdpa"
+
+#: Keys and values ``[batch, kv_heads, tokens, head_dim]`` by the name of their site.
+Recorded = dict[str, tuple[Tensor, Tensor]]
 
 
 @dataclass(slots=True)
 class KVSlot:
-    """What is plugged into one attention module: groups of keys and values ``[tokens, heads, dim]``."""
+    """What is plugged into one attention module.
 
-    groups: list[tuple[Tensor, Tensor, float | Tensor | None]] = field(default_factory=list)
+    Attributes:
+        site: the module's site.
+        stack: the stack of layers that it lies in, None where the model takes no token ids.
+        tokens: the plugged keys and values ``[tokens, kv_heads, head_dim]``.
+        record: where the layer's own keys and values are noted, None for nowhere.
+    """
+
+    site: AttentionSite
+    stack: Stack | None
+    tokens: VirtualTokens = field(default_factory=VirtualTokens)
+    record: Recorded | None = None
 
     @classmethod
-    def install(cls, module: nn.Module) -> KVSlot:
+    def install(cls, module: nn.Module, site: AttentionSite, stack: Stack | None) -> KVSlot:
         """Puts an empty slot on an attention module."""
-        slot = cls()
+        slot = cls(site, stack)
         # Past nn.Module's own __setattr__: the slot is no part of the model.
         object.__setattr__(module, "_cfm_kv", slot)
         return slot
 
-    def add(self, keys: Tensor, values: Tensor, weight: float | Tensor | None) -> None:
-        """Adds keys and values; a row whose weight is 0 does not see them."""
-        self.groups.append((keys, values, weight))
+    @property
+    def cross(self) -> bool:
+        """Whether the layer attends to another stack, where nothing lies before anything."""
+        return self.site.name.endswith(".cross")
+
+    def add(self, keys: Source, values: Source, weight: Weight) -> None:
+        """Adds keys and values; a row whose weight is 0 does not see them.
+
+        Raises:
+            UserError: their shape is not the layer's.
+        """
+        for name, source in (("keys", keys), ("values", values)):
+            with torch.no_grad():
+                shape = tuple(read(source).shape)
+            if len(shape) != 3 or shape[1] != self.site.kv_heads:
+                raise UserError(
+                    f"The {name} for '{self.site.name}' have shape {shape}, but the site takes "
+                    f"(tokens, {self.site.kv_heads}, head size): the brick is of another backbone."
+                )
+        added = group((keys, values), weight)
+        if added is not None:
+            self.tokens.add(added)
 
     def clear(self) -> None:
         """Empties the slot."""
-        self.groups = []
+        self.tokens.clear()
 
     def extend(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None, int]:
-        """Keys, values and mask with the plugged ones in front, and how many were put there.
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys, values and mask with the plugged ones in front.
 
         Args:
-            query: ``[batch, heads, q, dim]``.
-            key, value: ``[batch, kv_heads, k, dim]``.
+            query: ``[batch, heads, q, head_dim]``.
+            key, value: ``[batch, kv_heads, k, head_dim]``.
             mask: None, bool (True = sees) or additive, ``[batch or 1, 1 or heads, q or 1, k]``.
-            causal: whether a missing mask means a causal one.
+            causal: whether a missing mask means a causal one; then ``q`` equals ``k``.
+
+        Returns:
+            ``[batch, kv_heads, p + k, head_dim]`` twice, and the mask (None where all see all).
         """
-        batch, _, q_length, _ = query.shape
-        k_length = key.shape[2]
-        fronts_k, fronts_v, seen = [], [], []
-        for keys, values, weight in self.groups:
-            fronts_k.append(_rows(keys, batch, key))
-            fronts_v.append(_rows(values, batch, value))
-            seen.append(_visible(weight, batch, len(keys), key.device))
-        front = torch.cat(seen, dim=1)  # [batch, p], True where the row carries the brick
-        p = front.shape[1]
-        key = torch.cat([*fronts_k, key], dim=2)
-        value = torch.cat([*fronts_v, value], dim=2)
-        if mask is None and not causal and bool(front.all()):
-            return key, value, None, p
-        if mask is None:
-            own = torch.ones(q_length, k_length, dtype=torch.bool, device=key.device)
-            mask = own.tril(k_length - q_length)[None, None] if causal else own[None, None]
-        ahead = front[:, None, None, :].expand(batch, mask.shape[1], q_length, p)
-        if mask.dtype != torch.bool:
-            ahead = torch.zeros(ahead.shape, dtype=mask.dtype, device=mask.device).masked_fill(
-                ~ahead, torch.finfo(mask.dtype).min
-            )
-        mask = mask.expand(batch, mask.shape[1], q_length, k_length)
-        return key, value, torch.cat([ahead, mask], dim=-1), p
+        batch, _, queries, _ = query.shape
+        front_key = self.tokens.gather(0, batch, key).transpose(1, 2)
+        front_value = self.tokens.gather(1, batch, value).transpose(1, 2)
+        ahead: Tensor | None = None  # [batch, 1 or q, p]: what is seen of the plugged ones
+        graded = self.tokens.log_weights(batch, queries, key.device)
+        if self.tokens.layout(batch) is not None or graded is not None:
+            ahead = self.tokens.seen(batch, key.device)[:, None]
+        if graded is not None and ahead is not None:
+            ahead = graded.masked_fill(~ahead, torch.finfo(graded.dtype).min)
+        if mask is None and (causal or ahead is not None):
+            own = torch.ones(queries, key.shape[2], dtype=torch.bool, device=key.device)
+            mask = (own.tril() if causal else own)[None, None]
+        if mask is not None:
+            if ahead is None:
+                ahead = mask.new_ones(1, 1, front_key.shape[2], dtype=torch.bool)
+            mask = _joined(ahead[:, None], mask, queries, query.dtype)
+        return (
+            torch.cat([front_key, key], dim=2),
+            torch.cat([front_value, value], dim=2),
+            mask,
+        )
+
+    def bias(self, module: Any, own: Tensor, batch: int) -> Tensor:
+        """A relative position bias that covers the plugged keys.
+
+        Args:
+            module: the attention module.
+            own: the layer's own bias ``[1, heads, q, k]``.
+            batch: rows of the batch.
+
+        Returns:
+            ``[1, heads, q, p + k]``.
+        """
+        p, queries = self.tokens.width(batch), own.shape[2]
+        table = module if getattr(module, "has_relative_attention_bias", False) else None
+        if table is None and self.stack is not None:
+            table = self.stack.relative
+        if self.cross or table is None or self.stack is None:
+            return nn.functional.pad(own, (p, 0))
+        # The queries stand behind p virtual tokens and whatever the cache holds.
+        front = table.compute_bias(
+            queries, p, device=own.device, past_seen_tokens=p + self.stack.past
+        )
+        return torch.cat([front.to(own.dtype).expand(*own.shape[:3], p), own], dim=-1)
 
 
-def _rows(front: Tensor, batch: int, like: Tensor) -> Tensor:
-    """``[tokens, heads, dim]`` as ``[batch, heads, tokens, dim]`` in the layer's dtype."""
-    front = front.to(device=like.device, dtype=like.dtype).permute(1, 0, 2)
-    return front[None].expand(batch, -1, -1, -1)
+def _joined(ahead: Tensor, mask: Tensor, queries: int, dtype: torch.dtype) -> Tensor:
+    """Two masks side by side; additive where one of them is."""
+    if ahead.dtype != mask.dtype:
+        ahead, mask = (_additive(part, dtype) for part in (ahead, mask))
+    rows, heads = max(ahead.shape[0], mask.shape[0]), mask.shape[1]
+    return torch.cat(
+        [part.expand(rows, heads, queries, part.shape[-1]) for part in (ahead, mask)], dim=-1
+    )
 
 
-def _visible(
-    weight: float | Tensor | None, batch: int, tokens: int, device: torch.device
-) -> Tensor:
-    if isinstance(weight, Tensor):
-        rows = weight.to(device) != 0
-        rows = rows if rows.ndim == 1 else rows.any(dim=1)
-        rows = rows.repeat_interleave(batch // rows.shape[0])
-    else:
-        rows = torch.full((batch,), weight is None or weight != 0, device=device)
-    return rows[:, None].expand(batch, tokens)
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    lowest = torch.finfo(dtype).min
+    if mask.dtype == torch.bool:
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, lowest)
+    return mask.clamp_min(lowest).to(dtype)
 
 
 def cfm_sdpa(
@@ -106,14 +171,21 @@ def cfm_sdpa(
 ) -> tuple[Tensor, None]:
     """transformers' SDPA attention, with what is plugged into the module's slot in front."""
     slot: KVSlot | None = getattr(module, "_cfm_kv", None)
-    if slot is not None and slot.groups:
+    if slot is not None and slot.record is not None:
+        slot.record[slot.site.name] = (key.detach(), value.detach())
+    if slot is not None and slot.tokens:
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
         causal = bool(causal) and query.shape[2] > 1
-        key, value, attention_mask, p = slot.extend(query, key, value, attention_mask, causal)
+        bias: Tensor | None = kwargs.get("position_bias")
+        if attention_mask is None and causal and key.shape[2] > query.shape[2]:
+            # An empty static cache behind the tokens: transformers cuts it off here too.
+            key, value = (part[:, :, : query.shape[2]] for part in (key, value))
+            bias = bias if bias is None else bias[..., : query.shape[2]]
+        if bias is not None:
+            kwargs["position_bias"] = slot.bias(module, bias, query.shape[0])
+        key, value, attention_mask = slot.extend(query, key, value, attention_mask, causal)
         kwargs["is_causal"] = False
-        if kwargs.get("position_bias") is not None:  # T5: no bias towards a virtual position
-            kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"], (p, 0))
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 

@@ -1,8 +1,8 @@
 """Loading a backbone: frozen, in eval mode, with its sites known and its slots in place.
 
-The backbone comes without a task head (language models keep theirs), in the dtype that the processor
-multiplies natively, from safetensors on this machine only. Nothing here writes to a weight, and
-`Backbone.checksum` proves it: operations compare it before and after each run.
+The backbone comes without a task head (language models keep theirs), in the dtype that the
+processor multiplies natively, from safetensors on this machine only. Nothing here writes to a
+weight, and `Backbone.checksum` proves it: operations compare it before and after each run.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from cfm_train.backbone.checksum import checksum
 from cfm_train.backbone.fingerprint import fingerprint
 from cfm_train.backbone.sites import SiteMap, find_sites
 from cfm_train.backbone.spec import ResolvedBackbone
+from cfm_train.backbone.trace import quiet
 from cfm_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -94,13 +95,15 @@ class Backbone(nn.Module):
             kwargs.setdefault("use_cache", False)
         output = base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         hidden: Tensor = output.last_hidden_state
-        return hidden
+        # An encoder that a decoder attends to keeps its virtual tokens, in front.
+        extra = hidden.shape[1] - input_ids.shape[1]
+        return hidden[:, extra:] if extra else hidden
 
     def logits(self, **batch: Any) -> Tensor:
         """The language model's logits ``[batch, seq, vocabulary]``.
 
         Args:
-            **batch: what the model takes: ``input_ids``, ``attention_mask``, ``decoder_input_ids``, …
+            **batch: what the model takes: ``input_ids``, ``attention_mask``, …
 
         Raises:
             UserError: the backbone has no language model head.
@@ -181,7 +184,7 @@ def load_backbone(
     model = _model(resolved, config, auto, weights_dtype)
     sites = find_sites(model)
     model.set_attn_implementation(NAME)
-    model.to(torch.device(device))
+    nn.Module.to(model, torch.device(device))
     return Backbone(
         model,
         load_tokenizer(resolved.folder),
@@ -260,22 +263,23 @@ def _model(
         model_class = classes[0] if isinstance(classes, (tuple, list)) else classes
     except KeyError:
         raise UserError(
-            f"The backbone '{resolved.id}' (model type '{config.model_type}') is neither an encoder, "
-            "a decoder nor an encoder-decoder of transformers."
+            f"The backbone '{resolved.id}' (model type '{config.model_type}') is neither an "
+            "encoder, a decoder nor an encoder-decoder of transformers."
         ) from None
     if "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
         options["add_pooling_layer"] = False  # a task head in disguise, random in many checkpoints
     try:
-        model, report = auto.from_pretrained(
-            resolved.folder,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **options,
-        )
+        with quiet():
+            model, report = auto.from_pretrained(
+                resolved.folder,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **options,
+            )
     except Exception as error:
         raise UserError(
             f"transformers cannot load the backbone '{resolved.id}' ({_first_line(error)}): check "

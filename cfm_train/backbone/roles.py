@@ -15,10 +15,11 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
+from cfm_train.backbone.ranges import Ranges, clip, minus, shifted, size
 from cfm_train.backbone.sites import AttentionSite, Site, SiteMap
-from cfm_train.backbone.trace import Attention, Product, Trace
+from cfm_train.backbone.trace import Product, Result, Scores, Trace
 from cfm_train.errors import UserError
 
 _DECODER = 2  # the bit of the decoder's token ids
@@ -28,7 +29,8 @@ _DECODER = 2  # the bit of the decoder's token ids
 class _Block:
     """One attention of one layer: what the trace saw, where it is, and what follows it."""
 
-    attention: Attention
+    scores: Scores
+    result: Result
     stack: str
     cross: bool
     outputs: tuple[Product, ...]
@@ -71,7 +73,7 @@ class _Assigner:
             self._outer_norms(stack, stacks, before=True)
             for number, path in enumerate(layers):
                 name = f"{stack}layer.{number}"
-                inside = [b for b in blocks if _under(b.attention.module, path)]
+                inside = [b for b in blocks if _under(b.scores.module, path)]
                 self._module(name, path, "layer")
                 self._attention(name, inside)
                 self._feed_forward(name, path, inside)
@@ -86,29 +88,27 @@ class _Assigner:
     def _blocks(self) -> list[_Block]:
         """The attentions of the model, each module once however often it runs."""
         blocks: dict[str, _Block] = {}
-        for number, (scores, value) in enumerate(self.trace.results):
+        for number, result in enumerate(self.trace.results):
             # Scores against a table of positions depend on no token: they are a bias.
-            real = [s for s in map(self.trace.scores.__getitem__, sorted(scores))
-                    if s.query_inputs and s.key_inputs]  # fmt: skip
+            every = [self.trace.scores[i] for i in sorted(result.scores)]
+            real = [s for s in every if s.query_inputs and s.key_inputs]
             outputs = {p.module: p for p in self.trace.products if number in p.attention}
             if len(real) != 1 or not outputs:
                 raise UserError(
                     f"The sites of '{self.title}' cannot be found: attention in "
-                    f"'{self.trace.scores[min(scores)].module}' has {len(real)} pairs of queries and "
-                    f"keys and {len(outputs)} output projections. Use another backbone."
+                    f"'{every[0].module}' has {len(real)} pairs of queries and keys and "
+                    f"{len(outputs)} output projections. Use another backbone."
                 )
-            attention = real[0]
-            if attention.module in blocks:
-                continue
-            attention.value = value
-            decoder = self.two_stacks and bool(attention.query_inputs & _DECODER)
-            cross = decoder and not attention.key_inputs & _DECODER
+            scores = real[0]
+            decoder = self.two_stacks and bool(scores.query_inputs & _DECODER)
+            cross = decoder and not scores.key_inputs & _DECODER
             stack = ("decoder." if decoder else "encoder.") if self.two_stacks else ""
-            blocks[attention.module] = _Block(attention, stack, cross, tuple(outputs.values()))
+            block = _Block(scores, result, stack, cross, tuple(outputs.values()))
+            blocks.setdefault(scores.module, block)
         if not blocks:
             raise UserError(
-                f"'{self.title}' has no attention that could be followed: its sites cannot be found. "
-                "Use a transformer as backbone."
+                f"'{self.title}' has no attention that could be followed: its sites cannot be "
+                "found. Use a transformer as backbone."
             )
         return list(blocks.values())
 
@@ -116,7 +116,7 @@ class _Assigner:
         """Paths of a stack's layers in the order in which they run."""
         found: set[str] = set()
         for block in blocks:
-            parts = block.attention.module.split(".")
+            parts = block.scores.module.split(".")
             for end in range(1, len(parts)):
                 path = ".".join(parts[:end])
                 if path in self.lists and self._is_layer_list(path, blocks):
@@ -136,8 +136,8 @@ class _Assigner:
         """Whether each element has one attention of a kind at most (groups of layers have more)."""
         seen = set()
         for block in blocks:
-            if _under(block.attention.module, path):
-                element = block.attention.module[len(path) + 1 :].split(".")[0]
+            if _under(block.scores.module, path):
+                element = block.scores.module[len(path) + 1 :].split(".")[0]
                 if (element, block.cross) in seen:
                     return False
                 seen.add((element, block.cross))
@@ -145,7 +145,7 @@ class _Assigner:
 
     def _attention(self, layer: str, blocks: Iterable[_Block]) -> None:
         for block in blocks:
-            seen, name = block.attention, f"{layer}.{'cross' if block.cross else 'attn'}"
+            seen, name = block.scores, f"{layer}.{'cross' if block.cross else 'attn'}"
             self.sites.append(
                 AttentionSite(
                     name,
@@ -153,12 +153,13 @@ class _Assigner:
                     "attention",
                     self.hidden_size,
                     self.hidden_size,
-                    heads=len(seen.query) // seen.head_dim,
-                    kv_heads=len(seen.key) // seen.head_dim,
+                    heads=seen.heads,
+                    kv_heads=seen.kv_heads,
                     head_dim=seen.head_dim,
+                    value_dim=block.result.value_dim,
                 )
             )
-            self._parts(name, {"q": seen.query, "k": seen.key, "v": seen.value})
+            self._parts(name, {"q": seen.query, "k": seen.key, "v": block.result.value})
             if len(block.outputs) == 1:
                 self._linear(f"{name}.o", block.outputs[0])
             else:
@@ -179,15 +180,15 @@ class _Assigner:
             self._module(f"{layer}.ffn.experts", module, "experts")
             for role in ("gate", "up", "down"):
                 self.absent[f"{layer}.ffn.{role}"] = (
-                    f"The experts of layer {layer.rpartition('.')[2]} share three-dimensional weights "
-                    f"in '{module}', which have no sites of their own: use attn.* or ffn.experts."
+                    f"The experts of '{layer}' share three-dimensional weights in '{module}', which "
+                    "have no sites of their own: use attn.* or ffn.experts."
                 )
         if len(downs) > 1:
             for role in ("gate", "up", "down"):
                 self._refuse(f"{name}.{role}", downs)
         elif downs:
             down = next(iter(downs.values()))
-            gate, up = down.active, [x for x in down.plain if x not in set(down.active)]
+            gate, up = down.active, minus(down.plain, down.active)
             self._parts(name, {"gate": gate, "up": up} if up else {"up": gate})
             self._linear(f"{name}.down", down)
 
@@ -195,7 +196,7 @@ class _Assigner:
 
     def _norms(self, layer: str, path: str, blocks: Sequence[_Block]) -> None:
         """Norms of the residual stream; those of queries and keys lie inside the attention."""
-        inner = [b.attention.module for b in blocks]
+        inner = [b.scores.module for b in blocks]
         norms = [
             norm
             for norm, width in self.trace.norms.items()
@@ -238,8 +239,9 @@ class _Assigner:
             if len(paths) > 1:
                 self._refuse(name, paths)
                 continue
-            tokens, width = self.model.get_submodule(paths[0]).weight.shape  # type: ignore[union-attr]
-            self.sites.append(Site(name, paths[0], "embed", int(tokens), int(width)))
+            weight = self.model.get_submodule(paths[0]).weight
+            assert isinstance(weight, Tensor)
+            self.sites.append(Site(name, paths[0], "embed", weight.shape[0], weight.shape[1]))
 
     def _head(self) -> None:
         owners = self._modules_of(self.trace.head)
@@ -250,13 +252,13 @@ class _Assigner:
 
     # -- sites ------------------------------------------------------------------------------------
 
-    def _parts(self, prefix: str, roles: dict[str, list[int]]) -> None:
+    def _parts(self, prefix: str, roles: dict[str, Ranges]) -> None:
         """One site for each role, and one for a module that carries several of them."""
         owners: dict[str, Product] = {}
         for role, labels in roles.items():
             modules = self._modules_of(labels)
-            others = {x for r, ls in roles.items() if r != role for x in ls}
-            if len(modules) != 1 or not others.isdisjoint(labels):
+            others = [x for r, x in roles.items() if r != role]
+            if len(modules) != 1 or any(minus(labels, x) != labels for x in others):
                 self._refuse(f"{prefix}.{role}", {p.module for p in modules})
                 continue
             owners[role] = modules[0]
@@ -271,7 +273,7 @@ class _Assigner:
         self,
         name: str,
         product: Product,
-        labels: Sequence[int] | None = None,
+        labels: Ranges | None = None,
         kind: str | None = None,
     ) -> None:
         if not product.is_output:
@@ -281,15 +283,15 @@ class _Assigner:
             )
             return
         rows = None
-        if labels is not None and len(labels) < product.out_features:
-            rows = _ranges([label - product.base for label in labels])
+        if labels is not None and size(labels) < product.out_features:
+            rows = shifted(labels, -product.base)
         self.sites.append(
             Site(
                 name,
                 product.module,
                 kind or ("conv1d" if product.transposed else "linear"),
                 product.in_features,
-                product.out_features if rows is None else sum(b - a for a, b in rows),
+                product.out_features if rows is None else size(rows),
                 rows,
                 product.transposed,
                 self._has_bias(product.module),
@@ -303,17 +305,20 @@ class _Assigner:
     def _has_bias(self, path: str) -> bool:
         return getattr(self.model.get_submodule(path), "bias", None) is not None
 
-    def _modules_of(self, labels: Iterable[int]) -> list[Product]:
+    def _modules_of(self, labels: Ranges) -> list[Product]:
+        """The products that the labels belong to (token ids have labels too, but no product)."""
         found: dict[int, Product] = {}
-        for label in labels:
-            at = bisect_right(self.bases, label) - 1
-            if at >= 0 and label < self.bases[at] + self.products[at].out_features:
-                found[at] = self.products[at]
+        for start, stop in labels:
+            first = max(bisect_right(self.bases, start) - 1, 0)
+            last = bisect_right(self.bases, stop - 1)
+            for product in self.products[first:last]:
+                if clip(((start, stop),), product.base, product.base + product.out_features):
+                    found[product.base] = product
         return list(found.values())
 
     def _refuse(self, name: str, modules: Iterable[str]) -> None:
         self.absent[name] = (
-            f"The site '{name}' of '{self.title}' is ambiguous{_listed(modules)}: choose other sites."
+            f"The site '{name}' of '{self.title}' is ambiguous{_listed(modules)}: choose others."
         )
 
 
@@ -328,14 +333,3 @@ def _under(path: str, root: str) -> bool:
 def _listed(names: Iterable[str]) -> str:
     shown = ", ".join(f"'{n}'" for n in sorted(names))
     return f" ({shown})" if shown else ""
-
-
-def _ranges(rows: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Sorted numbers as (start, stop) ranges."""
-    ranges: list[tuple[int, int]] = []
-    for row in rows:
-        if ranges and ranges[-1][1] == row:
-            ranges[-1] = (ranges[-1][0], row + 1)
-        else:
-            ranges.append((row, row + 1))
-    return tuple(ranges)

@@ -6,9 +6,9 @@
     layer.i, layer.i.attn, layer.i.cross, layer.i.norm.j                  layers, attention, norms
     embed, norm, head                                                     around the layers
 
-A site is a module or some of its output features: a fused projection has one site for each part. A
-layer whose weights run several times (ALBERT) is one layer. `find_sites` follows the data flow of
-the model instead of reading names (`trace.py`, `roles.py`), and refuses what it cannot tell for sure.
+A site is a module or some of its output features: a fused projection has one site for each part.
+A layer whose weights run several times (ALBERT) is one layer. `find_sites` follows the data flow of
+the model instead of reading names (`trace.py`, `roles.py`), and refuses what it cannot tell.
 """
 
 from __future__ import annotations
@@ -72,11 +72,13 @@ class AttentionSite(Site):
         heads: number of query heads.
         kv_heads: number of key and value heads.
         head_dim: width of one query or key head.
+        value_dim: width of one value head; differs from ``head_dim`` in latent attention only.
     """
 
     heads: int = 0
     kv_heads: int = 0
     head_dim: int = 0
+    value_dim: int = 0
 
 
 class SiteMap(Mapping[str, Site]):
@@ -123,9 +125,7 @@ class SiteMap(Mapping[str, Site]):
         """The sites that are the module at ``path``, or slices of it."""
         return [site for site in self._sites.values() if site.module == path]
 
-    def select(
-        self, patterns: Sequence[str], layers: Sequence[int] | None = None
-    ) -> list[Site]:
+    def select(self, patterns: Sequence[str], layers: Sequence[int] | None = None) -> list[Site]:
         """The sites that a brick names.
 
         A pattern fits a name at its end, whole words at a time, and may leave layer numbers out:
@@ -155,10 +155,11 @@ class SiteMap(Mapping[str, Site]):
         for number in layers or []:
             if not any(-count <= number < count for count in self.layers.values()):
                 raise UserError(
-                    f"The backbone has no layer {number}: it has {max(self.layers.values())} layers, "
-                    "counted from 0, or from -1 at the top."
+                    f"The backbone has no layer {number}: it has {max(self.layers.values())} "
+                    "layers, counted from 0, or from -1 at the top."
                 )
-        return [s for s in self._sites.values() if s.name in wanted and self._inside(s.name, layers)]
+        wanted = {name for name in wanted if self._inside(name, layers)}
+        return [site for name, site in self._sites.items() if name in wanted]
 
     def _inside(self, name: str, layers: Sequence[int] | None) -> bool:
         stack, layer = _place(name)

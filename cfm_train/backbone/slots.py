@@ -9,7 +9,7 @@ What a brick puts into a slot is one of five plugs:
     Together out += …, all bricks in one call  (LoRA, DoRA: `bricks/bank.py`)
     Out      out  = fn(call)                   (IA3, adapters, biases, steering vectors)
     In       x    = fn(call)                   (IA3 on the feed-forward's input)
-    KV       attention sees extra keys, values (prefix tuning, cartridges)
+    KV       attention sees extra keys, values (prefix tuning, cartridges; see `attention.py`)
     Prompt   virtual tokens before the input   (soft prompts; see `prompts.py`)
 
 Each brick of a plan carries a weight: ``None`` for every row, a number, or a tensor ``[batch]`` or
@@ -27,15 +27,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from cfm_train.backbone.attention import KVSlot
+from cfm_train.backbone.attention import KVSlot, Recorded
 from cfm_train.backbone.prompts import PromptSlot
-from cfm_train.backbone.sites import Site, SiteMap
-from cfm_train.errors import UserError
+from cfm_train.backbone.sites import AttentionSite, Site, SiteMap
+from cfm_train.backbone.virtual import Source, Weight
+from cfm_train.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-Weight = float | Tensor | None
 
 
 class Together:
@@ -97,22 +96,27 @@ class In:
 class KV:
     """Extra keys and values ``[tokens, kv_heads, head_dim]`` that an attention site sees first.
 
-    ``shift`` tells whether real tokens move up by that many positions, as if the extra ones stood
-    before them in the cache (what PEFT does; it matters for rotary and learned positions).
+    Tensors, or functions that compute them anew in each pass. ``shift`` tells whether real tokens move
+    up by that many positions, as if the extra ones stood before them in the cache (what PEFT does; it
+    matters for rotary and learned positions, and never for a ``cross`` site). A relative position
+    bias takes the extra ones for tokens right before the sequence.
     """
 
     site: str
-    keys: Tensor
-    values: Tensor
+    keys: Source
+    values: Source
     shift: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Virtual tokens ``[tokens, hidden]`` before the input embeddings of one stack (`embed` site)."""
+    """Virtual tokens ``[tokens, hidden]`` before the input embeddings of one stack (`embed` site).
+
+    A tensor, or a function that computes it anew in each pass.
+    """
 
     site: str
-    embeddings: Tensor
+    embeddings: Source
 
 
 Plug = Together | Out | In | KV | Prompt
@@ -186,8 +190,9 @@ class Slots:
         self._prompt = PromptSlot(model, sites)
         for site in sites.values():
             module = model.get_submodule(site.module)
-            if site.kind == "attention":
-                self._kv[site.name] = KVSlot.install(module)
+            if isinstance(site, AttentionSite):
+                stack = self._prompt.stacks.get(site.stack)
+                self._kv[site.name] = KVSlot.install(module, site, stack)
             elif site.module not in self._modules:
                 slot = self._modules[site.module] = _ModuleSlot(module, self)
                 module.register_forward_pre_hook(slot.before)
@@ -236,12 +241,39 @@ class Slots:
         finally:
             self.plug([b for b, _ in before], [w for _, w in before])
 
+    @contextmanager
+    def recording(self, sites: Iterable[str]) -> Iterator[Recorded]:
+        """Notes the keys and values that attention sites compute, before anything plugged joins them.
+
+        Yields:
+            site name -> keys and values ``[batch, kv_heads, tokens, head_dim]`` of the last pass, in
+            the backbone's dtype; filled while the block runs.
+        """
+        noted: Recorded = {}
+        slots = [self._kv_slot(self.sites[name]) for name in sites]
+        for slot in slots:
+            slot.record = noted
+        try:
+            yield noted
+        finally:
+            for slot in slots:
+                slot.record = None
+
+    def _kv_slot(self, site: Site) -> KVSlot:
+        if site.name not in self._kv:
+            raise UserError(
+                f"Site '{site.name}' is no attention, so it takes no keys and values."
+                f"{nearest(site.name, self._kv)}"
+            )
+        return self._kv[site.name]
+
     def _place(self, plug: Plug, weight: Weight) -> None:
         site = self.sites[plug.site]
         if isinstance(plug, KV):
-            self._kv[site.name].add(plug.keys, plug.values, weight)
-            if plug.shift:
-                self._prompt.shift_positions(site.name, len(plug.keys), weight)
+            kv = self._kv_slot(site)
+            kv.add(plug.keys, plug.values, weight)
+            if not kv.cross:
+                self._prompt.move(site, plug.keys, weight, shift=plug.shift)
         elif isinstance(plug, Prompt):
             self._prompt.add(site, plug.embeddings, weight)
         else:

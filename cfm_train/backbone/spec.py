@@ -1,8 +1,8 @@
 """Where a backbone lies: an installed package, a local folder or the Hub. No torch here.
 
 Every check that needs no tensor is made before torch is imported: the folder exists, its config is
-JSON, its weights are safetensors, complete and not cut short, and the pinned hash is right. Only file
-headers are read, so the answer comes at once on a 16 GB folder too.
+JSON, its weights are safetensors, complete and not cut short, and the pinned hash is right. Only
+file headers are read, so the answer comes at once on a 16 GB folder too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from cfm_train.backbone.fingerprint import file_hash
 from cfm_train.errors import UserError
 
-#: What is fetched from the Hub: weights as safetensors, configuration, tokenizer. No code, no pickle.
+#: What is fetched from the Hub: weights as safetensors, config, tokenizer. No code, no pickle.
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 _HUB_IGNORED = ["*/*", "*onnx*", "*openvino*", "*training_args*"]
 
@@ -44,8 +44,8 @@ def resolve(section: Mapping[str, Any]) -> ResolvedBackbone:
     """Finds the backbone that the ``backbone`` section of a config names.
 
     Args:
-        section: keys ``id``, ``package``, ``path``, ``revision`` and ``sha256``. With a ``package``,
-            ``path`` is a folder inside it; else a local folder or a Hub id.
+        section: keys ``id``, ``package``, ``path``, ``revision`` and ``sha256``. With a
+            ``package``, ``path`` is a folder inside it; else a local folder or a Hub id.
 
     Returns:
         The backbone's folder, files and config.
@@ -69,7 +69,10 @@ def resolve(section: Mapping[str, Any]) -> ResolvedBackbone:
     for file in files:
         check_safetensors(file)
     _check_pin(files, section.get("sha256"))
-    return ResolvedBackbone(str(section.get("id") or _name(path, folder)), folder, files, config)
+    name = section.get("id")
+    if not name or name == path:  # a path says little in a table, and much about a machine
+        name = _name(path, folder)
+    return ResolvedBackbone(str(name), folder, files, config)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -92,13 +95,15 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a backbone folder, shards in order; UserError where one is missing."""
+    """The safetensors files of a backbone folder, in order; UserError where one is missing."""
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(
+                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            )
         except (OSError, ValueError, KeyError, AttributeError, TypeError):
             raise UserError(f"'{index}' is not an index of weight files: fetch it again.") from None
         for name in names:

@@ -2,9 +2,10 @@
 
     y = base + ((x A_catᵀ) ⊙ C) B_catᵀ
 
-``A_cat`` stacks the bricks' ``lora_A`` (rows), ``B_cat`` their ``lora_B`` (columns), and ``C`` holds
-scale times row or token weight for each rank: any mix of ranks, one brick for all rows or another for
-every row (Hu et al. 2021, arXiv 2106.09685; batching over adapters as in Punica, arXiv 2310.18547).
+``A_cat`` stacks the bricks' ``lora_A`` (rows), ``B_cat`` their ``lora_B`` (columns), and ``C``
+holds scale times row or token weight for each rank: any mix of ranks, one brick for all rows or
+another for every row (Hu et al. 2021, arXiv 2106.09685; batching over adapters as in Punica, arXiv
+2310.18547).
 
 DoRA (Liu et al. 2024, arXiv 2402.09353) scales the adapted weight's rows to a learned magnitude m:
 
@@ -37,7 +38,9 @@ class LowRank(Together):
         scale: alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732).
         dropout: probability of dropping an input feature while training.
         magnitude: ``[out_features]`` float32 for DoRA, else None.
-        bias: ``[out_features]`` float32; scale times it is added (PEFT's ``lora_bias``), else None.
+        bias: ``[out_features]`` float32, or None.
+        bias_replaces: whether the bias stands in place of the module's own (PEFT's ``lora_only``);
+            otherwise scale times it is added (PEFT's ``lora_bias``).
         brick: the module that owns the parameters; its ``training`` flag switches dropout.
     """
 
@@ -48,6 +51,7 @@ class LowRank(Together):
     dropout: float
     magnitude: Tensor | None
     bias: Tensor | None
+    bias_replaces: bool
     brick: nn.Module
 
     @staticmethod
@@ -74,7 +78,7 @@ class LowRank(Together):
         for name, group in by_site.items():
             site = sites[name]
             plain = [e for e in group if e[0].magnitude is None and not _drops(e[0])]
-            y = _add_concatenated(y, x, plain, site) if plain else y
+            y = _add_concatenated(y, x, plain, module, site) if plain else y
             for plug, weight in group:
                 if plug.magnitude is not None:
                     old = rows_of(y, site)
@@ -82,7 +86,7 @@ class LowRank(Together):
                     y = put_rows(y, blend(old, new, weight), site)
                 elif _drops(plug):
                     dropped = F.dropout(x, plug.dropout)
-                    y = _add_concatenated(y, dropped, [(plug, weight)], site)
+                    y = _add_concatenated(y, dropped, [(plug, weight)], module, site)
         return y
 
 
@@ -91,7 +95,11 @@ def _drops(plug: LowRank) -> bool:
 
 
 def _add_concatenated(
-    y: Tensor, x: Tensor, entries: Sequence[tuple[LowRank, Weight]], site: Site
+    y: Tensor,
+    x: Tensor,
+    entries: Sequence[tuple[LowRank, Weight]],
+    module: nn.Module,
+    site: Site,
 ) -> Tensor:
     """``y + ((x A_catᵀ) ⊙ C) B_catᵀ`` in the backbone's dtype."""
     dtype = y.dtype
@@ -109,9 +117,9 @@ def _add_concatenated(
         return flat.view(y.shape)
     update = F.linear(h, B)
     for plug, weight in entries:
-        if plug.bias is not None:
-            bias = (plug.scale * plug.bias).to(dtype)
-            update = update + _weighted(bias.expand_as(update), weight)
+        shift = _shift(plug, module, site)
+        if shift is not None:
+            update = update + _weighted(shift.to(dtype).expand_as(update), weight)
     return put_rows(y, rows_of(y, site) + update, site)
 
 
@@ -153,18 +161,41 @@ def bias_of(module: nn.Module, site: Site) -> Tensor | None:
     return bias[row_index(site, bias.device)]
 
 
+def row_norms(module: nn.Module, site: Site) -> Tensor:
+    """‖W‖ of every output row, ``[out_features]`` float32: a new DoRA brick's magnitude."""
+    return _norms(weight_of(module, site).detach().float())
+
+
+def _norms(weight: Tensor) -> Tensor:
+    # One memory layout, so that equal weights have norms equal to the bit.
+    return weight.contiguous().norm(dim=1)
+
+
+def _shift(plug: LowRank, module: nn.Module, site: Site) -> Tensor | None:
+    """What a brick's bias adds to the output, ``[out_features]`` float32; None without a bias."""
+    if plug.bias is None:
+        return None
+    if not plug.bias_replaces:
+        return plug.scale * plug.bias
+    own = bias_of(module, site)
+    return plug.bias if own is None else plug.bias - own.float()
+
+
 def _dora(plug: LowRank, module: nn.Module, x: Tensor, base: Tensor, site: Site) -> Tensor:
-    """DoRA's update: adapted output minus the base output, in float32 while it is small."""
+    """DoRA's update: the adapted output minus the base output, in the backbone's dtype."""
     assert plug.magnitude is not None
-    weight = weight_of(module, site).to(plug.A.dtype)
-    norm = (weight + plug.scale * (plug.B @ plug.A)).detach().norm(dim=1)
-    ratio = (plug.magnitude / norm).to(base.dtype)  # [out_features]
-    bias = bias_of(module, site)
+    dtype = base.dtype
+    weight = weight_of(module, site)
+    adapted = weight.float() + plug.scale * (plug.B @ plug.A)
+    ratio = plug.magnitude / _norms(adapted.detach())  # [out_features] float32
     if _drops(plug):  # the frozen part sees the dropped input too, as in PEFT
         x = F.dropout(x, plug.dropout)
-        straight = F.linear(x, weight.to(x.dtype))
+        straight = F.linear(x, weight)
     else:
+        bias = bias_of(module, site)
         straight = base if bias is None else base - bias
-    low = F.linear(F.linear(x.to(base.dtype), plug.A.to(base.dtype)), plug.B.to(base.dtype))
-    update = (ratio - 1) * straight + ratio * (plug.scale * low)
-    return update if plug.bias is None else update + (plug.scale * plug.bias).to(base.dtype)
+    low = F.linear(F.linear(x.to(dtype), plug.A.to(dtype)), plug.B.to(dtype))
+    # ratio - 1 is small: rounded after the subtraction, never before.
+    update = (ratio - 1).to(dtype) * straight + (ratio * plug.scale).to(dtype) * low
+    shift = _shift(plug, module, site)
+    return update if shift is None else update + shift.to(dtype)

@@ -1,7 +1,7 @@
 """The contract of a brick: a named group of parameters with one function, and where it plugs in.
 
-A brick kind is one file in this folder with one subclass of `Brick`; its name is the file's name, its
-defaults stand in ``conf/brick/<kind>.yaml`` alone. A kind says three things:
+A brick kind is one file in this folder with one subclass of `Brick`; its name is the file's name,
+its defaults stand in ``conf/brick/<kind>.yaml`` alone. A kind says three things:
 
     build     which parameters it has on a given backbone (float32, of its own)
     plugs     what it puts into which slots (`backbone.slots`)
@@ -16,7 +16,7 @@ import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
 from safetensors.torch import save
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 NATIVE_FILE = "brick.safetensors"
 HEADS_FILE = "heads.safetensors"
+
+#: Kinds of sites whose module is one linear map (``head`` is a language model's).
+LINEAR = ("linear", "conv1d", "head")
 
 
 class Brick(nn.Module, ABC):
@@ -129,7 +132,10 @@ class Brick(nn.Module, ABC):
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Sets the brick's own parameters by value; nothing missing, nothing left over."""
         own = self.tensors()
-        for what, names in (("misses", own.keys() - tensors), ("does not know", tensors - own.keys())):
+        for what, names in (
+            ("misses", own.keys() - tensors),
+            ("does not know", tensors - own.keys()),
+        ):
             if names:
                 raise UserError(
                     f"The {self.kind} brick {what} the tensor '{sorted(names)[0]}' "
@@ -142,17 +148,23 @@ class Brick(nn.Module, ABC):
                 if value.shape != tensors[name].shape:
                     raise UserError(
                         f"Tensor '{name}' of the {self.kind} brick has shape "
-                        f"{tuple(tensors[name].shape)}, but the backbone needs {tuple(value.shape)}."
+                        f"{tuple(tensors[name].shape)}, but the backbone needs "
+                        f"{tuple(value.shape)}."
                     )
                 value.copy_(tensors[name])
 
     def add_head(self, task: str, head: Head) -> None:
-        """Gives the brick a head for a task; the name may not hold a dot (it becomes a tensor's name)."""
+        """Gives the brick a head for a task; tensors are named by it: dots become underscores."""
         self.heads[task.replace(".", "_")] = head
+
+    def head_for(self, task: str) -> Head | None:
+        """The head of a task, None where the brick has none for it."""
+        head = self.heads[task] if task in self.heads else None  # noqa: SIM401 (no `get` there)
+        return cast("Head | None", head)
 
     def describe_heads(self) -> dict[str, dict[str, Any]]:
         """The heads for the card: type, labels, pooling and size of each."""
-        return {task: head.describe() for task, head in self.heads.items()}
+        return {task: cast(Head, head).describe() for task, head in self.heads.items()}
 
     def parameter_count(self) -> int:
         """How many numbers are trained, heads included."""
@@ -167,7 +179,7 @@ def linear_sites(backbone: Backbone, patterns: list[str], layers: list[int] | No
     """
     chosen = backbone.sites.select(patterns, layers)
     for site in chosen:
-        if site.kind not in ("linear", "conv1d"):
+        if site.kind not in LINEAR:
             raise UserError(
                 f"Site '{site.name}' is a {site.kind}, not a linear layer: choose sites such as "
                 "attn.q, attn.v, ffn.up or ffn.down."

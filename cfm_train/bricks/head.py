@@ -1,4 +1,4 @@
-"""The brick that changes nothing: a task head alone on the frozen backbone, every brick's lower bound."""
+"""The brick that changes nothing: a task head alone, the lower bound of every brick."""
 
 from __future__ import annotations
 

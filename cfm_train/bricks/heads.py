@@ -3,8 +3,8 @@
     classification, multilabel, regression     pool over tokens, then one linear map
     token                                      one linear map on every token
 
-A head is a named part of a task brick. It works in float32 whatever the backbone's dtype: it is small,
-and its logits decide.
+A head is a named part of a task brick. It works in float32 whatever the backbone's dtype: it is
+small, and its logits decide.
 """
 
 from __future__ import annotations

@@ -62,8 +62,8 @@ def open_brick(card: Card, library: Library, backbone: Backbone) -> Brick:
         }
         if state.keys() != head.state_dict().keys():
             raise UserError(
-                f"The head '{task}' of brick {card.ref} is incomplete: add or train the brick again."
+                f"The head '{task}' of brick {card.ref} is incomplete: add or train it again."
             )
         head.load_state_dict(state)
         brick.add_head(task, head)
-    return brick.to(backbone.device).eval().requires_grad_(False)  # type: ignore[return-value]
+    return brick.to(backbone.device).eval().requires_grad_(False)

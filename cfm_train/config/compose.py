@@ -8,9 +8,10 @@ Hydra which keys exist, and says so in one sentence.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from hydra import compose as hydra_compose
@@ -24,7 +25,7 @@ from cfm_train.config import sentences, source
 from cfm_train.config.catalogue import groups, recipes
 from cfm_train.config.quoting import decode, encode, quote
 from cfm_train.config.schema import text_keys
-from cfm_train.config.validate import MISSING, brick_text_keys
+from cfm_train.config.validate import MISSING, brick_text_keys, leaves
 from cfm_train.errors import UserError, nearest
 
 VERSION_BASE = "1.3"
@@ -63,15 +64,15 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
             if not override.is_sweep_override():
                 choices.append([str(override.input_line)])
                 continue
+            written = decode(str(override.input_line)).lstrip("+")
             if not override.is_discrete_sweep():
                 raise UserError(
-                    f"{override.input_line}: an interval has no end of values to run; "
-                    "name them, or use range(start,stop,step)."
+                    f"{written} has no end of values to run: use range(start,stop,step)."
                 )
             key = override.get_key_element()
             values = [f"{key}={value}" for value in override.sweep_string_iterator()]
             if not values:
-                raise UserError(f"{override.input_line} matches nothing.")
+                raise UserError(f"{written} matches nothing.")
             choices.append(values)
     return [list(job) for job in itertools.product(*choices)]
 
@@ -97,11 +98,11 @@ def compose_prepared(prepared: Sequence[str]) -> dict[str, Any]:
 def plain(config: DictConfig, choices: Mapping[str, Any]) -> dict[str, Any]:
     """Hydra's config as our plain dict: resolved, texts decoded, the recipe's name filled in."""
     ours = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    missing = [key for key in OmegaConf.missing_keys(ours) if key != "recipe"]
+    bare = cast(dict[str, Any], OmegaConf.to_container(ours, resolve=False))
+    missing = [key for key, value in leaves(bare) if value == MISSING]
     for key in missing:  # what refers to a missing key says so, and resolving goes on
         OmegaConf.update(ours, key, encode(f"{MISSING} {key}"))
-    resolved = OmegaConf.to_container(ours, resolve=True)
-    assert isinstance(resolved, dict)
+    resolved = cast(dict[str, Any], OmegaConf.to_container(ours, resolve=True))
     for key in missing:
         _set(resolved, key.split("."), MISSING)
     return decode({**resolved, "recipe": choices.get("recipe")})
@@ -113,7 +114,7 @@ def _set(tree: Any, path: list[str], value: str) -> None:
     tree[path[-1]] = value
 
 
-def option(group: str, name: str, **values: Any) -> dict[str, Any]:
+def option(group: str, name: str, /, **values: Any) -> dict[str, Any]:
     """One option of a group as a plain dict, such as the data section of a task named in a list.
 
     Args:
@@ -128,7 +129,7 @@ def option(group: str, name: str, **values: Any) -> dict[str, Any]:
     with hydra_session(), sentences.translated():
         node = hydra_compose(f"{group}/{name}").get(group)
         for key, value in values.items():
-            if key not in node:
+            if key not in node.keys():  # noqa: SIM118 ("in" alone hides a key that is missing)
                 hint = nearest(f"{group}.{key}", (f"{group}.{known}" for known in node))
                 raise UserError(f"{group}.{key} is no key of {group} '{name}'.{hint}")
             OmegaConf.update(node, key, encode(value) if isinstance(value, str) else value)
@@ -149,10 +150,8 @@ def prepare(overrides: Sequence[str], *, sweep: bool = False) -> list[str]:
     for override in overrides:
         key, equals, value = override.partition("=")
         bare = key.lstrip("+~")
-        if not equals and not key.startswith("~"):
-            raise UserError(
-                f"'{override}' is no override: write key=value, or --help for the keys."
-            )
+        if not (equals and bare) and not key.startswith("~"):
+            raise UserError(f"'{override}' is no override: write key=value; --help shows the keys.")
         if bare == "operation":
             raise UserError("operation is what a recipe says: leave it out and choose the recipe.")
         if bare.startswith(("hydra.", "hydra/")):
@@ -182,4 +181,16 @@ def _check_choice(group: str, name: str) -> None:
 
 def as_yaml(config: dict[str, Any]) -> str:
     """The composed run as a person reads it."""
-    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=100)
+    return yaml.dump(config, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text like ``1e5`` too: OmegaConf reads it as a number where YAML 1.1 does not."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        if re.fullmatch(r"[-+]?[\d._]+(e[-+]?\d+)?", text, re.IGNORECASE):
+            return self.represent_scalar("tag:yaml.org,2002:str", text, style="'")
+        return self.represent_str(text)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)

@@ -25,7 +25,6 @@ from cfm_train.config.types import (
     Text,
 )
 
-
 NAME = r"^[^/\\\x00-\x1f]+$"
 SHA256 = "^[0-9a-f]{64}$"
 
@@ -51,7 +50,7 @@ class Tracking(Section):
 class Backbone(Section):
     """A frozen model: an installed package, a local folder or a Hub id."""
 
-    id: str
+    id: str | None
     package: str | None
     path: str | None
     revision: str | None
@@ -154,6 +153,7 @@ class PredictionData(Section):
     """The rows to predict."""
 
     input: str
+    task: str | None
     text: str | list[str] | None
 
 
@@ -202,16 +202,14 @@ class Predict(Run):
 class Merge(Run):
     """Make one brick from several."""
 
+    backbone: Backbone | None
     bricks: list[str]
     weights: list[float] | None
     rule: Literal["linear"]
 
 
-class Compare(Run):
-    """Draw records side by side."""
-
-    bricks: list[str]
-    tasks: list[str]
+class Compare(Evaluate):
+    """Score bricks on tasks, and draw them with the runs that made them."""
 
 
 class Sequence(Run):

@@ -29,6 +29,9 @@ def translated() -> Iterator[None]:
                 raise UserError(_yaml(cause)) from None
             cause = cause.__cause__ or cause.__context__
         raise UserError(decode(_hydra(error))) from None
+    except (AssertionError, LookupError, TypeError, ValueError) as error:
+        # Hydra lets these through, for instance where a key is put into something that has no keys.
+        raise UserError(decode(f"The overrides do not fit together: {error}.")) from None
 
 
 def _yaml(error: yaml.YAMLError) -> str:

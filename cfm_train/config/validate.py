@@ -75,11 +75,9 @@ def model_of(config: Mapping[str, Any]) -> type[schema.Run]:
 @functools.cache
 def brick_model(kind: str) -> type[schema.Section]:
     """The schema of one brick kind, made from the arguments of its class."""
-    fields: dict[str, Any] = {
-        name: (annotation, ...)
-        for name, annotation in signature.arguments("bricks", kind, "Brick").items()
-    }
-    fields |= {"kind": (Literal[kind], ...), "learning_rate": (schema.Rate, ...)}
+    fields: dict[str, Any] = {"kind": (Literal[kind], ...), "learning_rate": (schema.Rate, ...)}
+    for name, annotation in signature.arguments("bricks", kind, "Brick").items():
+        fields[name] = (annotation, ...)
     return create_model(f"Brick_{kind}", __base__=schema.Section, **fields)
 
 
@@ -114,7 +112,7 @@ def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def _sentence(config: Mapping[str, Any], details: list[ErrorDetails]) -> str:
-    """The most telling of pydantic's errors: a key that is not there before one that does not fit."""
+    """The most telling error: a key that is not there, else the first that does not fit."""
     detail = min(details, key=lambda one: one["type"] != "missing")
     path = _path(config, detail["loc"])
     key = ".".join(path)
@@ -148,8 +146,7 @@ def _unknown(config: Mapping[str, Any], model: type[schema.Run], path: list[str]
             listed = " and ".join(filter(None, [", ".join(owners[:-1]), owners[-1]]))
             return f"{key} is a key of operation {listed}, not of {operation}."
         return f"{key} is no key of operation {operation}.{nearest(key, _keys(model))}"
-    section = path[0]
-    owner = f"{section} '{config[section]['kind']}'" if section == "brick" else section
+    owner = f"brick '{config['brick']['kind']}'" if path[0] == "brick" else ".".join(path[:-1])
     return f"{key} is no key of {owner}.{nearest(key, _keys(model, path[:-1]))}"
 
 

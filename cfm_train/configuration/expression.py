@@ -4,8 +4,8 @@
     stitch([lang, merge(linear, [sst2, mrpc], weights=[0.3, 0.7])])
     route(arrow, [sst2, trec], top_k=1)
 
-One tree has one text (`str`), one canonical JSON and one digest; `parser.parse` reads the text back.
-Two trees are equal if their canonical JSON is: 1, 1.0 and true are three different values.
+One tree has one text (`str`), one canonical JSON and one digest; `parser.parse` reads the text
+back. Two trees are equal if their canonical JSON is: 1, 1.0 and true are three different values.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _PREFIX = re.compile(r"[0-9a-f]{1,12}")
 CONSTANTS: dict[str, bool | None] = {"true": True, "false": False, "null": None}
 _NO_NUMBERS = frozenset({"nan", "inf", "infinity"})
 
-Value: TypeAlias = "None | bool | int | float | str | tuple[Value, ...]"
+Value: TypeAlias = "bool | int | float | str | tuple[Value, ...] | None"
 Expression: TypeAlias = "BrickRef | Call"
 
 
@@ -101,8 +101,8 @@ class Call(_Tree):
         params: the parameters by name, sorted.
 
     Raises:
-        UserError: the shape is wrong: an unknown function, no rule, nothing to combine, weights that
-            do not fit, a value that is no number.
+        UserError: the shape is wrong: an unknown function, no rule, nothing to combine, weights
+            that do not fit, a value that is no number.
     """
 
     fn: str
@@ -139,7 +139,8 @@ class Call(_Tree):
         weights = dict(self.params).get("weights")
         if isinstance(weights, tuple) and len(weights) != len(self.args):
             raise UserError(
-                f"{self.fn} has {len(weights)} weights for {len(self.args)} bricks: give one for each."
+                f"{self.fn} has {len(weights)} weights for {len(self.args)} bricks: give one for "
+                "each."
             )
 
     def to_dict(self) -> dict[str, Any]:

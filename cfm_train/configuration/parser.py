@@ -1,8 +1,9 @@
 """Text to tree: ``merge(ties, [sst2@1f2c, trec], density=0.2)``.
 
 Names of bricks (``my-brick``, ``20news``, ``sst2@1f2c``) are not Python's, so every word is first
-replaced by a plain identifier that only points back to it. What is left is read with `ast`, as a tree
-and nothing more: no text of the person's ever reaches the interpreter, and nothing is evaluated.
+replaced by a plain identifier that only points back to it. What is left is read with `ast`, as a
+tree and nothing more: no text of the person's ever reaches the interpreter, and nothing is
+evaluated.
 """
 
 from __future__ import annotations
@@ -76,11 +77,13 @@ class _Reader:
         """The tree of the whole text."""
         if not self.text.strip():
             raise UserError(
-                "The configuration is empty: give a brick's name, or a call such as merge(linear, [a, b])."
+                "The configuration is empty: give a brick's name, or a call such as merge(linear, "
+                "[a, b])."
             )
         if len(self.text) > _LONGEST:
             raise UserError(
-                f"The configuration has {len(self.text)} characters, more than the {_LONGEST} allowed."
+                f"The configuration has {len(self.text)} characters, more than the {_LONGEST} "
+                "allowed."
             )
         self._replace_words()
         try:
@@ -124,7 +127,7 @@ class _Reader:
             return self._brick(self._word(node))
         if isinstance(node, ast.Call):
             return self._call(node)
-        self._refuse(
+        return self._refuse(
             self._place(node), "a brick or a call such as merge(linear, [a, b]) belongs here"
         )
 
@@ -217,12 +220,14 @@ class _Reader:
         before, after = self.text[:at][-40:], self.text[at + len(shown) :][:40]
         end = "" if what.endswith((".", "?")) else "."
         raise UserError(
-            f"The configuration cannot be read at character {at + 1}, {before}»{shown}«{after}: {what}{end}"
+            f"The configuration cannot be read at character {at + 1}, {before}»{shown}«{after}: "
+            f"{what}{end}"
         ) from None
 
 
 def _explain(error: SyntaxError) -> str:
-    """What a person needs of the interpreter's message about a source that holds no words of theirs."""
+    """What a person needs of the interpreter's message about a source that holds no words of
+    theirs."""
     message = str(error.msg)
     if (
         "never closed" in message

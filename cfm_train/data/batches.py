@@ -57,7 +57,7 @@ def plan_epoch(
 
 
 def _cut(rows: np.ndarray, sides: np.ndarray, tokens: int, most: int) -> list[np.ndarray]:
-    """Cuts rows, sorted by length, into batches of at most ``tokens`` padded tokens and ``most`` rows."""
+    """Cuts rows, sorted by length, into batches within the two limits, padding included."""
     batches, start, width = [], 0, np.zeros(sides.shape[1], np.int64)
     for position, row in enumerate(rows):
         wider = np.maximum(width, sides[row])
@@ -131,9 +131,9 @@ def _pad(encoded: Encoded, name: str, indices: np.ndarray, fill: int) -> torch.T
 class BatchStream:
     """Training batches without end, each a pure function of its number; every batch is of one task.
 
-    With ``mixture`` 1 an epoch is every row of every task once. Else an epoch has as many batches, but
-    task k gets a share of them in proportion to ``rows_k ** mixture`` (Raffel et al. 2020, §3.5.2:
-    temperature 1 / mixture): 0 is the same for all; each task goes through its own rows in turn.
+    With ``mixture`` 1 an epoch is every row of every task once. Else an epoch has as many batches,
+    but task k gets a share of them in proportion to ``rows_k ** mixture`` (Raffel et al. 2020,
+    §3.5.2: temperature 1 / mixture); 0 is the same for all. Each goes through its rows in turn.
 
     Args:
         lengths: task name -> lengths of its training rows (see ``plan_epoch``).

@@ -4,8 +4,8 @@ The tokenizer's own chat template is used where it has one. Else the plain templ
 
     ### System:⏎{content}⏎⏎### User:⏎{content}⏎⏎### Assistant:⏎{content}{eos}
 
-whose blocks are parted by an empty line. Loss is taken on the answers alone, each with the mark that
-ends its turn, since a model must learn to stop.
+whose blocks are parted by an empty line. Loss is taken on the answers alone, each with the mark
+that ends its turn, since a model must learn to stop.
 """
 
 from __future__ import annotations
@@ -90,9 +90,9 @@ def write(messages: Sequence[Message], tokenizer: Any, *, prompt: bool = False) 
 def answer_spans(messages: Sequence[Message], tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
     """A whole conversation as text, and the characters of its answers.
 
-    An answer begins where the text of all earlier messages, asked for an answer, ends; it goes on to
-    the end of its content and the mark that ends the turn. Found this way the spans hold for templates
-    that change the last turn (Qwen 3 writes an empty thought there).
+    An answer begins where the text of all earlier messages, asked for an answer, ends; it goes on
+    to the end of its content and the mark that ends the turn. Found this way the spans hold for
+    templates that change the last turn (Qwen 3 writes an empty thought there).
 
     Returns:
         The text, and ``(start, end)`` for each answer.
@@ -110,8 +110,8 @@ def answer_spans(messages: Sequence[Message], tokenizer: Any) -> tuple[str, list
         at = text.find(content, len(before))
         if not text.startswith(before) or at < 0:
             raise UserError(
-                f"backbone: the chat template of {tokenizer.name_or_path} rewrites earlier turns, so its "
-                "answers cannot be marked; give one question and one answer per row, or another tokenizer."
+                f"backbone: the chat template of {tokenizer.name_or_path} rewrites earlier turns, "
+                "so that answers cannot be marked; give one question and one answer per row."
             )
         spans.append((len(before), at + len(content)))
     mark = text[spans[-1][1] :].rstrip()

@@ -1,8 +1,8 @@
 """Text to token numbers, once: tokenised in batch, kept on disk by fingerprint, mapped into memory.
 
 The key of a cache entry covers the rows, the tokenizer and every setting that changes a number, so
-an entry is never stale and never changed. It is written into a temporary folder and renamed, so that
-two processes may make the same entry at once and neither sees half of it.
+an entry is never stale and never changed. It is written into a temporary folder and renamed: two
+processes may make the same entry at once, and neither sees half of it.
 """
 
 from __future__ import annotations
@@ -135,8 +135,8 @@ def encode_rows(
     """
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
-            f"backbone: the tokenizer of {tokenizer.name_or_path} has no fast version (tokenizer.json); "
-            "convert it with transformers, then run again."
+            f"backbone: the tokenizer of {tokenizer.name_or_path} has no fast version "
+            "(tokenizer.json); convert it with transformers, then run again."
         )
     settings = Settings(
         max_length=min(section["max_length"], tokenizer.model_max_length),
@@ -166,7 +166,7 @@ def encode_rows(
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 of all that a fast tokenizer does: its vocabulary, rules, special tokens and template."""
+    """SHA-256 of what a fast tokenizer does: vocabulary, rules, special tokens, chat template."""
     backend = tokenizer.backend_tokenizer
     # Truncation and padding of the last call stay in the backend, and are no part of what it is.
     backend.no_truncation()
@@ -177,7 +177,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def _load(entry: Path) -> tuple[Arrays, int] | None:
-    """The arrays of a cache entry, mapped into memory; None where there is none, or it is damaged."""
+    """The arrays of a cache entry, mapped into memory; None where it is absent or damaged."""
     try:
         meta = json.loads((entry / "meta.json").read_text())
         arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="r") for name in meta["arrays"]}

@@ -1,9 +1,9 @@
 """How the rows of each task type become token numbers: one function per type, found by its name.
 
 Every encoder returns flat arrays, rows behind each other: ``input_ids`` [tokens] and ``offsets``
-[rows + 1], and the answers, either one per row (``labels``) or one per token (``token_labels``, with
--100 where there is nothing to learn, aligned with ``input_ids`` as transformers does: a language
-model shifts them itself).
+[rows + 1], and the answers, one per row (``labels``) or one per token (``token_labels``, with -100
+where there is nothing to learn; token i's own number stands at i, the objective shifts). Beside
+them it says how many rows were longer than the limit and cut.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def flat(
 
 
 def _texts(rows: list[Row], tokenizer: Any, limit: int) -> tuple[Arrays, np.ndarray]:
-    """One text or a pair of texts per row, with the tokenizer's own special tokens; which were cut."""
+    """One text or a pair per row, with the tokenizer's own special tokens; and which were cut."""
     ids: list[list[int]] = []
     types: list[list[int]] = []
     cut: list[bool] = []
@@ -153,8 +153,8 @@ def encode_causal(
 ) -> tuple[Arrays, int]:
     """Documents, each closed by the end-of-text token, alone in their rows or packed into blocks.
 
-    A document longer than a row goes on in the next piece, which repeats its last token as context, so
-    that every token but a document's first is predicted exactly once. In a block every piece has
+    A document longer than a row goes on in the next piece, which repeats its last token as context,
+    so that every token but a document's first is predicted exactly once. In a block every piece has
     ``position_ids`` from 0 and predicts nothing across its border; a model that is given them
     without a mask keeps the pieces apart in attention too.
     ``block_rows`` (``block_offsets`` [blocks + 1]) says which documents a block holds.
@@ -198,8 +198,8 @@ def encode_instruct(
     """Conversations; ``token_labels`` on the answers and the marks that end them.
 
     A row that is too long is cut at its end, or at its beginning where no answer would be left.
-    ``answer_starts`` int32 [rows] is the number of tokens before the last answer: the prompt. Rows to
-    predict are prompts as a whole.
+    ``answer_starts`` int32 [rows] is the number of tokens before the last answer: the prompt. Rows
+    to predict are prompts as a whole.
     """
     arrays: Arrays = {}
     ids: list[list[int]] = []

@@ -1,4 +1,4 @@
-"""Rows of a local file, one at a time, each with its line: JSONL, JSON, CSV, TSV, Parquet, plain text.
+"""Rows of a local file, one at a time, each with its line: JSONL, JSON, CSV, TSV, Parquet, text.
 
 Nothing is judged here but the form: a row that cannot be read comes out with its ``problem`` and
 the reader goes on, so that the caller decides whether a bad row stops the run.
@@ -61,7 +61,7 @@ def read_file(path: Path, *, key: str, unit: str = "line") -> Iterator[Raw]:
     Args:
         path: the file.
         key: the configuration key that named it, for the error sentence.
-        unit: what one row of a ``.txt`` file is: ``line``, ``paragraph`` (blank lines between) or ``file``.
+        unit: what a row of a ``.txt`` file is: ``line``, ``paragraph`` (by blank lines), ``file``.
 
     Yields:
         The rows in file order; blank lines are passed over.
@@ -145,8 +145,8 @@ def _json_array(path: Path, stream: IO[bytes]) -> Iterator[Raw]:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{path}:{error.lineno}: broken JSON ({error.msg} at column {error.colno}); a .json file holds "
-            "one array of objects (name it .jsonl if each line is an object)."
+            f"{path}:{error.lineno}: broken JSON ({error.msg} at column {error.colno}); a .json "
+            "file holds one array of objects (name it .jsonl if each line is an object)."
         ) from error
     if not isinstance(rows, list):
         raise UserError(

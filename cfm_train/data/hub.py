@@ -74,8 +74,8 @@ def _name(value: Any, names: list[str]) -> Any:
 def _absent(section: Mapping[str, Any], reason: str) -> UserError:
     name = section["name"]
     return UserError(
-        f"data.hub: cannot load '{section['hub']}' from the Hub ({reason}); name a folder that holds "
-        f"{name}.train.jsonl and {name}.test.jsonl instead: data.root=FOLDER."
+        f"data.hub: cannot load '{section['hub']}' from the Hub ({reason}); name a folder that "
+        f"holds {name}.train.jsonl and {name}.test.jsonl instead: data.root=FOLDER."
     )
 
 
@@ -95,7 +95,7 @@ def _reachable() -> bool:
 
 
 def _cached(hub: str) -> bool:
-    """Whether there may be a copy on this machine: a folder, or one that ``datasets`` made before."""
+    """Whether a copy may be on this machine: a folder, or one that ``datasets`` made before."""
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface").expanduser()
     cache = Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets").expanduser()
     owner = hub.split("/")[0].lower()

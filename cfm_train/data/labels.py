@@ -70,7 +70,7 @@ class LabelTable:
 
         Args:
             labels: ``data.labels``.
-            numbers: ``data.hub_labels``: what 0, 1, … mean where the source counts in another order.
+            numbers: ``data.hub_labels``: what 0, 1, … mean where the source counts otherwise.
 
         Raises:
             UserError: a label stands in the list twice, or ``numbers`` names one that is not in it.
@@ -108,10 +108,10 @@ class LabelTable:
             )
         if len(distinct) < 2:
             raise UserError(
-                f"data.label: every training row has the same label {next(iter(distinct), None)!r}; "
+                f"data.label: every training row has the same label {min(distinct, default=None)!r}, "
                 "a task needs at least two (or list them all in data.labels)."
             )
-        ordered = sorted(distinct)  # type: ignore[type-var]
+        ordered = sorted(distinct)
         return cls([str(value) for value in ordered], ordered, None, "the labels found in train")
 
     def index(self, value: str | int) -> int:

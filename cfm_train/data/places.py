@@ -1,8 +1,8 @@
 """Where the rows of a task lie: files that are named, a folder of files, or the Hub.
 
-One source per run, in this order: files (``data.train=a.jsonl``), a folder (``data.root=FOLDER``, or
-``package:quickstart`` for what the project ships), the Hub (``data.hub``). The section's own column
-names hold for files; ``hub_columns`` for the Hub.
+One source per run, in this order: files (``data.train=a.jsonl``), a folder (``data.root=FOLDER``),
+the Hub (``data.hub``). The section's own column names hold for files and folders; ``hub_columns``
+replaces them for the Hub.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ def source(section: Mapping[str, Any]) -> str:
         if section[kind]:
             return kind
     raise UserError(
-        "data.train is not set; name a file (data.train=rows.jsonl data.test=…), a folder that holds "
+        "data.train is not set; name a file (data.train=rows.jsonl), a folder that holds "
         f"{section['name']}.train.jsonl (data.root=FOLDER) or a Hub data set (data.hub=OWNER/NAME)."
     )
 
 
-def root_folder(root: str) -> Path:
-    """The folder that ``data.root`` names; ``package:quickstart`` is one that the project ships."""
-    if root.startswith("package:"):
-        return PACKAGE / "data" / root.removeprefix("package:")
-    return Path(root).expanduser()
+def local(path: str) -> Path:
+    """A file or folder as it is named; ``package:quickstart/…`` is one that the project ships."""
+    if path.startswith("package:"):
+        return PACKAGE / "data" / path.removeprefix("package:")
+    return Path(path).expanduser()
 
 
 def location(section: Mapping[str, Any], split: str) -> tuple[str, Path] | None:
-    """The key and the file of a split that lies on this machine, or None where there is no such split.
+    """The key and the file of a split that lies on this machine, or None where there is none.
 
     Raises:
         UserError: the folder is missing, or holds no training rows of this task.
@@ -62,10 +62,10 @@ def location(section: Mapping[str, Any], split: str) -> tuple[str, Path] | None:
     kind = source(section)
     if kind == "files":
         name = section[split]
-        return (f"data.{split}", Path(name).expanduser()) if name else None
+        return (f"data.{split}", local(name)) if name else None
     if kind == "hub":
         return None
-    folder = root_folder(section["root"])
+    folder = local(section["root"])
     if not folder.is_dir():
         raise UserError(f"data.root: there is no folder {folder}.")
     for suffix in (s + gz for s in SUFFIXES for gz in ("", ".gz")):
@@ -75,13 +75,14 @@ def location(section: Mapping[str, Any], split: str) -> tuple[str, Path] | None:
     if split == "train":
         tasks = {p.name.split(".train.")[0] for p in folder.iterdir() if ".train." in p.name}
         raise UserError(
-            f"data.root: {folder} holds no {section['name']}.train.jsonl.{nearest(section['name'], tasks)}"
+            f"data.root: {folder} holds no {section['name']}.train.jsonl."
+            f"{nearest(section['name'], tasks)}"
         )
     return None
 
 
 def raw_rows(section: Mapping[str, Any], split: str) -> Iterator[Raw]:
-    """The rows of one split as they stand in the source; none where the source has no such split."""
+    """The rows of one split as they stand in the source; none where it has no such split."""
     if source(section) == "hub":
         return read_hub(section, split)
     place = location(section, split)

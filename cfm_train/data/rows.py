@@ -84,7 +84,7 @@ def classification(cells: Cells, answers: bool) -> Row:
 
 
 def multilabel(cells: Cells, answers: bool) -> Row:
-    """One text or a pair, and any number of labels: a list in one column, or a column of 0/1 each."""
+    """One text or a pair, and any number of labels: a list in a column, or a column of 0/1 each."""
     row: Row = {"text": cells.texts("text")}
     if answers and len(as_columns(cells.section["label"])) > 1:
         row["label"] = [column for column, value in cells.of("label") if _flag(column, value)]

@@ -10,12 +10,11 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from cfm_train.data.files import Raw, read_file
 from cfm_train.data.labels import BadRow, LabelTable
-from cfm_train.data.places import SPLITS, location, raw_rows, with_source_columns
+from cfm_train.data.places import SPLITS, local, location, raw_rows, with_source_columns
 from cfm_train.data.rows import MissingColumn, Row, parse
 from cfm_train.data.splits import Leaks, cut, make_disjoint, take
 from cfm_train.data.tagging import complete
@@ -92,8 +91,8 @@ def check(section: Mapping[str, Any]) -> Checked:
     disjoint["train"] = take(disjoint["train"], section["limit"])
     if not disjoint["train"]:
         raise UserError(
-            f"data: no training row of '{section['name']}' is left: all {leaks.total} stand in validation "
-            f"or test too (first: {', '.join(leaks.examples[:1])})."
+            f"data: no training row of '{section['name']}' is left: all {leaks.total} stand in "
+            f"validation or test too (first: {', '.join(leaks.examples[:1])})."
         )
     return Checked(
         spec=make_spec(section, None if table is None else table.names),
@@ -139,7 +138,7 @@ def read_inputs(path: str, section: Mapping[str, Any]) -> list[Row]:
     Raises:
         UserError: the file or a row of it cannot be used.
     """
-    raws = read_file(Path(path).expanduser(), key="data.input", unit=section["unit"])
+    raws = read_file(local(path), key="data.input", unit=section["unit"])
     rows = list(_BadRows("stop").parse("input", raws, section, answers=False))
     if not rows:
         raise UserError(f"data.input: {path}: holds no rows.")
@@ -156,34 +155,41 @@ def fingerprint(rows: list[Row]) -> str:
     return digest.hexdigest()
 
 
-def _check_keys(section: Mapping[str, Any]) -> None:
-    """The keys that every source needs, with the columns that the file offers where one is open."""
-    make_spec(section, None)
-    if section["bad_rows"] not in ("stop", "skip"):
-        raise UserError(
-            f"data.bad_rows: '{section['bad_rows']}' is not a choice; use stop or skip."
-        )
-    if not 0 <= section["validation_fraction"] < 1:
-        raise UserError("data.validation_fraction: must be at least 0 and below 1.")
-    missing = [key for key in REQUIRED[section["task"]] if not section[key]]
-    if missing and not (section["task"] == "instruct" and section["messages"]):
-        first = next((raw.values for raw in raw_rows(section, "train") if raw.values), None) or {}
-        offered = f" The training rows have: {', '.join(first)}." if first else ""
-        raise UserError(
-            f"data.{missing[0]} is not set; name the column (data.{missing[0]}=COLUMN).{offered}"
-        )
-
-
-#: Task type -> keys of the section that must name a column.
-REQUIRED = {
-    "classification": ("text", "label"),
-    "multilabel": ("text", "label"),
-    "regression": ("text", "label"),
-    "token": ("text", "label"),
-    "causal": ("text",),
-    "instruct": ("text", "target"),
-    "seq2seq": ("text", "target"),
+#: Task type -> keys that must name columns, with the most that each may name (None: any number).
+REQUIRED: dict[str, dict[str, int | None]] = {
+    "classification": {"text": 2, "label": 1},
+    "multilabel": {"text": 2, "label": None},
+    "regression": {"text": 2, "label": 1},
+    "token": {"text": 1, "label": 1},
+    "causal": {"text": 1},
+    "instruct": {"text": None, "target": 1},
+    "seq2seq": {"text": None, "target": 1},
 }
+
+
+def _check_keys(section: Mapping[str, Any]) -> None:
+    """Refuses column keys that are open (with what is on offer), too many, or of no use."""
+    make_spec(section, None)
+    task, required = section["task"], REQUIRED[section["task"]]
+    used = {*required, *(("system", "messages") if task == "instruct" else ())}
+    for key in ("label", "target", "system", "messages"):
+        if section[key] and key not in used:
+            raise UserError(
+                f"data.{key}: a {task} task has no {key}; leave it null, or set data.task."
+            )
+    if section["messages"]:  # holds question and answer
+        return
+    for key, most in required.items():
+        columns = as_columns(section[key])
+        if most is not None and len(columns) > most:
+            raise UserError(
+                f"data.{key} names {len(columns)} columns; a {task} task takes at most {most}."
+            )
+        if not columns:
+            raws = raw_rows(section, "train")
+            first = next((raw.values for raw in raws if raw.values), None) or {}
+            offered = f" The training rows have: {', '.join(first)}." if first else ""
+            raise UserError(f"data.{key} is not set; name the column: data.{key}=COLUMN.{offered}")
 
 
 def _labels(section: Mapping[str, Any], rows: list[Row]) -> LabelTable | None:

@@ -1,8 +1,8 @@
 """Token classification: words, their tags, and where they stand in the text.
 
-Both forms of data become one: a text, its words as spans of characters, and a tag for each word. The
-text of pre-split tokens is the tokens with a blank between, which every tokenizer reads as it read its
-pretraining text; the first sub-word of a word carries its tag (Devlin et al. 2019).
+Both forms of data become one: a text, its words as spans of characters, and a tag for each word.
+The text of pre-split tokens is the tokens with a blank between, which every tokenizer reads as it
+read its pretraining text; the first sub-word of a word carries its tag (Devlin et al. 2019).
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def from_spans(text: str, spans: Any) -> dict[str, Any]:
 
     Args:
         text: the text.
-        spans: a list of ``{"start", "end", "label"}`` or ``[start, end, label]``; characters from 0,
-            the end not included; None for a row to predict.
+        spans: a list of ``{"start", "end", "label"}`` or ``[start, end, label]``; characters from
+            0, the end not included; None for a row to predict.
 
     Raises:
         BadRow: a span that is malformed, outside of the text, empty of words, or over another.

@@ -40,7 +40,7 @@ class TaskSpec:
     Attributes:
         name: the task's own name, also the name of its head.
         type: a key of ``METRICS``.
-        labels: label names in the order of the head's outputs, or None where answers are not labels.
+        labels: label names in the order of the head's outputs; None where answers are not labels.
         metric: the figure that chooses the best checkpoint, without its split (``accuracy``).
         maximize: whether more of it is better.
         columns: columns of the source that make up the input, in order.
@@ -55,7 +55,7 @@ class TaskSpec:
 
     @property
     def size(self) -> int | None:
-        """Outputs of the task's head: one per label, one for regression, None for generated text."""
+        """Outputs of the head: one per label, one for regression, None for generated text."""
         if self.labels is not None:
             return len(self.labels)
         return 1 if self.type == "regression" else None

@@ -1,7 +1,7 @@
 """Predictions of whatever is plugged into a backbone, and their scores.
 
-One collector serves validation during training, the final test and `recipe=evaluate/tasks`: batches come
-in any order, predictions are put back into the order of the rows.
+One collector serves validation during training, the final test and `recipe=evaluate/tasks`:
+batches come in any order, predictions are put back into the order of the rows.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The lower bound: the bare backbone with a head trained alone, on the same budget as a brick.
 
-The backbone is frozen, so its features are computed once and the head trains on them: the very numbers that
-training it on top of the running backbone would give, at a fraction of the cost.
+The backbone is frozen, so its features are computed once and the head trains on them: the very
+numbers that training it on top of the running backbone would give, at a fraction of the cost.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def train_head(
     """A head trained on frozen features; the best by validation is kept.
 
     Args:
-        backbone: the backbone as it is plugged: bare for the floor, with a brick to refit a head on it.
-        task: a task with a head.
+        backbone: the backbone as it is plugged: bare for the floor, with a brick to refit a head
+        on it. task: a task with a head.
         settings: the ``trainer`` section.
         seed: seed of batches and of the head's first values.
     """
@@ -117,7 +117,9 @@ def frozen_features(backbone: Backbone, encoded: Encoded, pooling: str) -> Featu
     features: list[Tensor] = [torch.empty(0)] * len(encoded)
     labels: list[Tensor] = [torch.empty(0)] * len(encoded)
     device = backbone.device
-    batches = EvaluationDataset({"features": encoded}, TOKENS_PER_BATCH, backbone.tokenizer.pad_token_id)
+    batches = EvaluationDataset(
+        {"features": encoded}, TOKENS_PER_BATCH, backbone.tokenizer.pad_token_id
+    )
     for batch in batches:
         mask = batch["attention_mask"].to(device)
         extra = {k: batch[k].to(device) for k in ("token_type_ids",) if k in batch}
@@ -153,10 +155,11 @@ def _validate(head: Head, task: TaskData, data: Features) -> float:
                 result = _on_features(head, data, [row])
                 answers.add({"index": torch.tensor([row]), "labels": data[1][row][None]}, result)
         else:
-            batch = {"index": torch.from_numpy(rows), "labels": torch.stack([data[1][r] for r in rows])}
+            batch = {
+                "index": torch.from_numpy(rows),
+                "labels": torch.stack([data[1][r] for r in rows]),
+            }
             answers.add(batch, _on_features(head, data, rows))
     figures = {"loss": answers.loss()}
     figures |= {k: v.value for k, v in answers.scores(bootstrap=0, seed=0).items()}
     return monitored(task.spec, figures)
-
-

@@ -24,8 +24,8 @@ def answer_texts(
 
     Args:
         backbone: a language model.
-        spec: a ``seq2seq`` or ``instruct`` task, or ``causal`` (the second half of the text is asked for).
-        encoded: the split.
+        spec: a ``seq2seq`` or ``instruct`` task, or ``causal`` (the second half of the text is
+        asked for). encoded: the split.
         rows: row numbers.
         limit: most new tokens; fewer where all right answers are shorter than half of it.
 
@@ -46,7 +46,7 @@ def answer_texts(
             ids[i, where] = torch.tensor(prompt)
             mask[i, where] = 1
         longest = max(len(target) for _, target in part)
-        written = backbone.model.generate(  # type: ignore[operator]
+        written = backbone.model.generate(
             input_ids=ids.to(backbone.device),
             attention_mask=mask.to(backbone.device),
             max_new_tokens=min(limit, max(8, 2 * longest)),

@@ -10,6 +10,7 @@ import torch
 
 from cfm_train.backbone.load import Backbone
 from cfm_train.bricks.brick import Brick
+from cfm_train.bricks.heads import Head
 from cfm_train.data.encode import Encoded, TaskData
 from cfm_train.data.tasks import TaskSpec
 from cfm_train.evaluation.evaluator import Answers, predict
@@ -39,7 +40,7 @@ class Judged:
     unplugged: dict[str, Any]
 
     def figures(self, prefix: str = "test") -> dict[str, dict[str, float | int]]:
-        """Figures for the record: ``test/accuracy``, or ``test/<task>/accuracy`` for several tasks."""
+        """Figures for the record: ``test/accuracy``, of several tasks ``test/<task>/accuracy``."""
         several = len(self.specs) > 1
         return {
             f"{prefix}/{task}/{metric}" if several else f"{prefix}/{metric}": value.as_dict()
@@ -90,7 +91,7 @@ def judge(
     for name, split in splits.items():
         spec = tasks[name].spec
         with backbone.slots.plugged([brick]):
-            answers[name] = judge_task(backbone, brick, spec, split)
+            answers[name] = judge_task(backbone, brick.head_for(name), spec, split)
             scores[name] = scores_of(answers[name], settings, seed)
     same = bool(torch.equal(probe, _probe(backbone, next(iter(tasks.values())).train)))
     return Judged(
@@ -101,10 +102,9 @@ def judge(
     )
 
 
-def judge_task(backbone: Backbone, brick: Brick, spec: TaskSpec, split: Encoded) -> Answers:
-    """Predictions on one split with what is plugged now; texts too where the task is to write them."""
-    head = brick.heads[spec.name] if spec.name in brick.heads else None
-    answers = predict(backbone, head, spec, split, tokens_per_batch=TOKENS_PER_BATCH)  # type: ignore[arg-type]
+def judge_task(backbone: Backbone, head: Head | None, spec: TaskSpec, split: Encoded) -> Answers:
+    """Predictions on one split with what is plugged now; texts too where the task asks for them."""
+    answers = predict(backbone, head, spec, split, tokens_per_batch=TOKENS_PER_BATCH)
     if spec.type == "seq2seq":
         answers.texts = answer_texts(backbone, spec, split, range(len(split)))
     return answers
@@ -128,7 +128,9 @@ def scores_of(answers: Answers, settings: Mapping[str, Any], seed: int) -> dict[
 @torch.inference_mode()
 def _probe(backbone: Backbone, encoded: Encoded) -> torch.Tensor:
     """Hidden states of the first rows with what is plugged now."""
-    batch = make_batch("probe", encoded, range(min(4, len(encoded))), backbone.tokenizer.pad_token_id)
+    batch = make_batch(
+        "probe", encoded, range(min(4, len(encoded))), backbone.tokenizer.pad_token_id
+    )
     device = backbone.device
     return backbone.hidden_states(
         batch["input_ids"].to(device), batch["attention_mask"].to(device)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cfm_train.config.compose import as_yaml, compose
-from cfm_train.config.hashing import config_hash
+from cfm_train.config.hashing import code_version, config_hash
 from cfm_train.config.validate import validate
 from cfm_train.errors import UserError
 
@@ -164,9 +164,9 @@ def _folder(job: Job) -> Iterator[None]:
 def _run(job: Job) -> dict[str, Any]:
     """Runs the operation in its folder, and writes the record whatever happens."""
     fresh = not _begun(job.folder)
-    (job.folder / "config.yaml").write_text(as_yaml(job.config), encoding="utf-8")
     started = time.monotonic()
     try:
+        (job.folder / "config.yaml").write_text(as_yaml(job.config), encoding="utf-8")
         found = operation_of(job.config).run(job.config, job.inputs, job.folder)
         return _finish(job, found, time.monotonic() - started)
     except UserError as error:
@@ -196,7 +196,7 @@ def _known(job: Job, seconds: float) -> dict[str, Any]:
     """What stands in every record, whatever the operation."""
     from importlib.metadata import PackageNotFoundError, version
 
-    versions = {"python": sys.version.split()[0]}
+    versions = {"python": sys.version.split()[0], "code": code_version()[:12]}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
@@ -219,10 +219,12 @@ def _finish(job: Job, found: Mapping[str, Any], seconds: float) -> dict[str, Any
 
     known = _known(job, seconds)
     cost = {**known["cost"], **(found.get("cost") or {})}
-    record = new_record(**{**known, **found, "cost": cost})
+    # Runs that are drawn on the same page: those that made what this one compares.
+    others = [read_record(path) for path in found.get("drawn_with", ())]
+    own = {key: value for key, value in found.items() if key != "drawn_with"}
+    record = new_record(**{**known, **own, "cost": cost})
     if first_process():
-        if not job.dashboard_path.is_file():
-            draw([record], job.dashboard_path)
+        draw([{**record, "folder": str(job.folder)}, *others], job.dashboard_path)
         write_record(record, job.record_path)  # last: its presence means that the run is done
         return dict(read_record(job.record_path))
     return dict(record)
@@ -238,8 +240,8 @@ def _fail(job: Job, error: Exception, seconds: float) -> None:
             log.write("".join(traceback.format_exception(error)))
         text = _first_line(error)
         record = new_record(**_known(job, seconds), status="failed", error=text)
-        draw([record], job.dashboard_path)
         write_record(record, job.record_path)
+        draw([record], job.dashboard_path)
 
 
 def print_again(job: Job) -> None:

@@ -86,21 +86,25 @@ def sweep(overrides: Sequence[str]) -> int:
         from cfm_train.launch.launcher import launch
 
         launch(missing, _folder(runs) / "launcher")
+        for run in missing:
+            _complain(run)
     return _close(runs, overrides, time.monotonic() - started)
 
 
 def plan(jobs: Sequence[Sequence[str]]) -> list[Planned]:
     """Checks every run of a sweep, and drops those that are the same as one before."""
     common = set(jobs[0]).intersection(*jobs[1:]) if len(jobs) > 1 else set()
+    labels = [" ".join(typed([one for one in job if one not in common])) for job in jobs]
+    configs = []
+    for label, overrides in zip(labels, jobs, strict=True):  # all, before any file is read
+        with _named(label):
+            configs.append(validate(compose_prepared(overrides)))
     planned: dict[str, Planned] = {}
-    for overrides in jobs:
-        label = " ".join(typed([one for one in overrides if one not in common]))
-        try:
-            job = checked(validate(compose_prepared(overrides)))
-        except UserError as error:
-            raise UserError(f"{error} (in the run {label})" if label else str(error)) from None
-        run = Planned(list(overrides), label, job.config, job.hash, job.folder)
-        run.status = "kept" if job.finished() else "waiting"
+    for label, overrides, config in zip(labels, jobs, configs, strict=True):
+        with _named(label):
+            job = checked(config)
+        status = "kept" if job.finished() else "waiting"
+        run = Planned(list(overrides), label, job.config, job.hash, job.folder, status)
         planned.setdefault(job.hash, run)
     runs = list(planned.values())
     group = _folder(runs).name
@@ -111,6 +115,15 @@ def plan(jobs: Sequence[Sequence[str]]) -> list[Planned]:
     return runs
 
 
+@contextlib.contextmanager
+def _named(label: str) -> Iterator[None]:
+    """An error inside says in which of the runs it is."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{label}: {error}" if label else str(error)) from None
+
+
 def _one_after_another(runs: Sequence[Planned]) -> None:
     for number, run in enumerate(runs, 1):
         kept = " (finished before)" if run.status == "kept" else ""
@@ -118,8 +131,12 @@ def _one_after_another(runs: Sequence[Planned]) -> None:
         if run.status == "waiting":
             with _command_line(run.typed):
                 run.status, run.error = outcome(run.config)
-            if run.error:
-                print(f"error: {run.label}: {run.error}", file=sys.stderr, flush=True)
+            _complain(run)
+
+
+def _complain(run: Planned) -> None:
+    if run.error:
+        print(f"error: {run.label}: {run.error}", file=sys.stderr, flush=True)
 
 
 def outcome(config: dict[str, Any]) -> tuple[str, str | None]:

@@ -52,7 +52,8 @@ class Card:
         licence: SPDX identifier, or None where it is not known.
         created: ISO 8601 time in UTC; filled by the library when empty.
         run: the run (or the person's command) that wrote it.
-        home: the folder that it was read from, where that is not its place in a library; never stored.
+        home: the folder that it was read from, where that is not its place in a library; never
+            stored.
     """
 
     name: str
@@ -124,8 +125,8 @@ class Card:
             raise UserError(f"{where} is not a card: it holds no JSON object.")
         if values.get("format") != FORMAT:
             raise UserError(
-                f"{where} has card format {values.get('format')!r}, and this version of cfm_train reads "
-                f"format {FORMAT}: update cfm_train, or write the artifact again."
+                f"{where} has card format {values.get('format')!r}, and this version of cfm_train "
+                f"reads format {FORMAT}: update cfm_train, or write the artifact again."
             )
         known = {f.name for f in dataclasses.fields(cls)} - {"home"}
         for key in values:
@@ -151,7 +152,8 @@ class Card:
             value, expected = getattr(self, f.name), _TYPES[str(f.type).split("[")[0]]
             if not isinstance(value, expected):
                 raise UserError(
-                    f"{where}: '{f.name}' must be {f.type}, not {type(value).__name__} {value!r:.60}."
+                    f"{where}: '{f.name}' must be {f.type}, not {type(value).__name__} "
+                    f"{value!r:.60}."
                 )
         check_name(self.name)
         if self.version and not _VERSION.fullmatch(self.version):
@@ -216,7 +218,8 @@ def check_file_name(name: str) -> str:
     """
     if not isinstance(name, str) or not _FILE.fullmatch(name) or ".." in name:
         raise UserError(
-            f"'{name}' cannot be a file of an artifact: use letters, digits, '.', '_' and '-', no folders."
+            f"'{name}' cannot be a file of an artifact: use letters, digits, '.', '_' and '-', no "
+            "folders."
         )
     return name
 

@@ -54,8 +54,8 @@ def read_tensors(path: str | Path, framework: str = "pt") -> dict[str, Any]:
 
     Args:
         path: a safetensors file.
-        framework: ``"pt"`` for torch tensors as they are stored; ``"np"`` for arrays, without torch,
-            where bfloat16 comes as float32 of the same values.
+        framework: ``"pt"`` for torch tensors as they are stored; ``"np"`` for arrays, without
+            torch, where bfloat16 comes as float32 of the same values.
 
     Returns:
         The tensors by name, in memory of their own.
@@ -84,8 +84,9 @@ def check_file(name: str, where: str) -> None:
     """
     if name.lower().endswith(PICKLES):
         raise UserError(
-            f"'{name}' of {where} is a pickle or its kin, which can run code when loaded: save the tensors "
-            "as safetensors (PEFT: save_pretrained(folder); torch: safetensors.torch.save_file)."
+            f"'{name}' of {where} is a pickle or its kin, which can run code when loaded: save "
+            "the tensors as safetensors (PEFT: save_pretrained(folder); torch: "
+            "safetensors.torch.save_file)."
         )
     check_file_name(name)
     if not name.endswith(ENDINGS):
@@ -124,8 +125,8 @@ def check_files(card: Card, place: str, opener: Callable[[str], IO[bytes]]) -> N
             ) from None
         if found != expected:
             raise UserError(
-                f"{place}/{name} has changed since {card.ref} was written (its SHA-256 begins with {found[:12]}, "
-                f"the card says {expected[:12]}): add or train it again."
+                f"{place}/{name} has changed since {card.ref} was written (its SHA-256 begins "
+                f"with {found[:12]}, the card says {expected[:12]}): add or train it again."
             )
 
 
@@ -159,7 +160,7 @@ def require_backbone(card: Card, fingerprint: str, backbone_id: str = "") -> Non
     if card.requires and fingerprint not in card.requires:
         theirs = " or ".join(one[:12] for one in card.requires)
         raise UserError(
-            f"{card.ref} was made for the backbone '{card.backbone_id or 'unknown'}' (fingerprint {theirs}) and "
-            f"does not fit '{backbone_id or 'this one'}' (fingerprint {fingerprint[:12]}): use a brick of this "
-            "backbone, or run it on its own."
+            f"{card.ref} was made for the backbone '{card.backbone_id or 'unknown'}' (fingerprint "
+            f"{theirs}) and does not fit '{backbone_id or 'this one'}' (fingerprint "
+            f"{fingerprint[:12]}): use a brick of this backbone, or run it on its own."
         )

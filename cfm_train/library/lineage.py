@@ -21,8 +21,8 @@ class Node:
         name: its name.
         version: its full version.
         card: its card, None where the library no longer holds it.
-        parents: what it was made from; empty where `card` is None, and where the same artifact stands
-            further up already.
+        parents: what it was made from; empty where `card` is None, and where the same artifact
+            stands further up already.
     """
 
     name: str
@@ -68,8 +68,8 @@ def trace(library: Library, ref: str) -> Node:
 
 
 def _node(library: Library, card: Card, above: frozenset[str]) -> Node:
-    # A merge that gives back one of its parents, value for value, has that parent's version: with the
-    # same name too it would be its own ancestor.
+    # A merge that gives back one of its parents, value for value, has that parent's version: with
+    # the same name too it would be its own ancestor.
     if card.ref in above:
         return Node(card.name, card.version, card)
     parents = []
@@ -82,7 +82,18 @@ def _node(library: Library, card: Card, above: frozenset[str]) -> Node:
     return Node(card.name, card.version, card, parents)
 
 
-def children(library: Library, card: Card) -> list[Card]:
-    """The artifacts of the library that were made from this one directly."""
-    me = {"name": card.name, "version": card.version}
-    return [other for other in library.cards() if me in other.parents and other.ref != card.ref]
+def children(library: Library, name: str, version: str) -> list[Card]:
+    """The other artifacts of the library that were made from this one directly.
+
+    Raises:
+        UserError: one of their cards cannot be read.
+    """
+    me = {"name": name, "version": version}
+    found = []
+    for other in library.names():
+        for theirs in library.versions(other):
+            if (other, theirs) != (name, version):
+                card = library.stored(other, theirs)
+                if me in card.parents:
+                    found.append(card)
+    return found

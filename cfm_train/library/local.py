@@ -1,8 +1,8 @@
 """A library in a local folder: an artifact is written aside, flushed, and renamed into its place.
 
-The temporary folder lies in the same library (a rename is atomic only within one file system) and is
-locked for as long as its writer lives. The system drops the lock however the writer ends, so `litter`
-tells a dead writer's folder from a living one's.
+The temporary folder lies in the same library (a rename is atomic only within one file system) and
+is locked for as long as its writer lives. The system drops the lock however the writer ends, so
+`litter` tells a dead writer's folder from a living one's.
 """
 
 from __future__ import annotations
@@ -35,6 +35,17 @@ class LocalStorage:
         self.root = root
         self.url = str(root)
 
+    def check_writable(self, needed: int) -> None:
+        """Asks the folder, or the nearest one above it (see `Storage.check_writable`)."""
+        root = self.root.absolute()
+        there = next(parent for parent in (root, *root.parents) if parent.exists())
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
+        if shutil.disk_usage(there).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(there))
+
     def read(self, path: str) -> bytes:
         """The whole content of a file."""
         return (self.root / path).read_bytes()
@@ -47,7 +58,7 @@ class LocalStorage:
         """Whether there is a file or a folder."""
         return (self.root / path).exists()
 
-    def list(self, path: str) -> list[str]:
+    def entries(self, path: str) -> list[str]:
         """Names inside a folder, sorted; none where there is no folder."""
         try:
             return sorted(os.listdir(self.root / path))
@@ -137,7 +148,7 @@ class LocalStorage:
 
     def litter(self) -> Iterator[str]:
         """What killed writers left in the temporary folder."""
-        for name in self.list(TEMPORARY):
+        for name in self.entries(TEMPORARY):
             try:
                 lock = _lock(self.root / TEMPORARY / name, wait=False)
             except OSError:  # gone meanwhile, or its writer lives and holds it

@@ -66,7 +66,7 @@ def main_metric(card: Card) -> tuple[str, dict[str, Any]] | None:
     """The metric to show where there is room for one: the first on test, else the first."""
     items = metric_items(card)
     on_test = [item for item in items if item[0].startswith("test")]
-    return (on_test or items or [None])[0]
+    return next(iter(on_test or items), None)
 
 
 def _front_matter(card: Card, peft: bool) -> dict[str, Any]:
@@ -98,12 +98,14 @@ def _front_matter(card: Card, peft: bool) -> dict[str, Any]:
 def _summary(card: Card) -> str:
     kind = "backbone" if card.kind == "backbone" else f"`{card.kind}` brick"
     lines = [
-        f"Version `{card.version}`, a {kind} made by `{card.operation or 'unknown'}` on {card.created[:10]}."
+        f"Version `{card.version}`, a {kind} made by `{card.operation or 'unknown'}` on "
+        f"{card.created[:10]}."
     ]
     if card.backbone_id or card.requires:
         prints = ", ".join(f"`{one[:12]}`" for one in card.requires) or "unknown"
         lines.append(
-            f"It fits the backbone `{card.backbone_id or 'unknown'}` (fingerprint {prints}) and no other."
+            f"It fits the backbone `{card.backbone_id or 'unknown'}` (fingerprint {prints}) and "
+            "no other."
         )
     if card.expression:
         lines.append(f"Its configuration: `{card.expression}`.")
@@ -119,13 +121,16 @@ def _usage(card: Card, peft: bool) -> str:
     backbone = card.backbone_id or "BACKBONE"
     text = (
         "In cfm_train, from the library that it lies in:\n\n"
-        f'```python\nimport cfm_train\n\nmodel = cfm_train.load("{backbone}", "{card.ref}")\n```\n\n'
-        f"or on the command line: `python -m cfm_train recipe=predict bricks=[{card.ref}] data.input=x.jsonl`"
+        "```python\nimport cfm_train\n\n"
+        f'model = cfm_train.load("{backbone}", "{card.ref}")\n```\n\n'
+        "or on the command line:\n\n"
+        f"```\npython -m cfm_train recipe=predict bricks=[{card.ref}] data.input=x.jsonl\n```"
     )
     if not peft:
         return text
     return text + (
-        "\n\nIn PEFT (this folder is an ordinary adapter; heads of cfm_train are not part of it):\n\n"
+        "\n\nIn PEFT (this folder is an ordinary adapter; heads of cfm_train are no part of "
+        "it):\n\n"
         "```python\nfrom peft import PeftModel\n\n"
         'model = PeftModel.from_pretrained(backbone, "path/of/this/folder")\n```'
     )
@@ -143,7 +148,7 @@ def _table(title: str, head: tuple[str, ...], rows: list[tuple[str, ...]]) -> st
 
 
 def _metric_rows(card: Card) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, score in metric_items(card):
         low, high = score.get("low"), score.get("high")
         interval = "" if low is None or high is None else f"{low:.4f} to {high:.4f}"

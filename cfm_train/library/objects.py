@@ -1,7 +1,8 @@
 """A library on an object store, or any other file system that fsspec reaches.
 
-Object stores cannot rename and cannot append. So the files of an artifact go straight to their place
-and the card comes last: a folder without it is no artifact. A log is a folder of one object per line.
+Object stores cannot rename and cannot append. So the files of an artifact go straight to their
+place and the card comes last: a folder without it is no artifact. A log is a folder of one object
+per line.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ class ObjectStorage:
             raise UserError(f"The library address '{url}' cannot be used: {error}") from None
         self.base = base.rstrip("/")
 
+    def check_writable(self, needed: int) -> None:
+        """Nothing: a store answers only to a real write."""
+
     def read(self, path: str) -> bytes:
         """The whole content of an object."""
         return bytes(self.fs.cat_file(self._at(path)))
@@ -50,7 +54,7 @@ class ObjectStorage:
         """Whether there is an object or a folder."""
         return bool(self.fs.exists(self._at(path)))
 
-    def list(self, path: str) -> list[str]:
+    def entries(self, path: str) -> list[str]:
         """Names inside a folder, sorted; none where there is no folder."""
         try:
             found = self.fs.ls(self._at(path), detail=False)
@@ -64,7 +68,7 @@ class ObjectStorage:
         return int(self.fs.size(self._at(path)))
 
     def age(self, path: str) -> float:
-        """Seconds since the newest object of a folder was written; 0 where the store keeps no times."""
+        """Seconds since the newest object of a folder was written, 0 where nobody knows."""
         ages = []
         for name in self.fs.find(self._at(path)) or [self._at(path)]:
             with suppress(NotImplementedError, FileNotFoundError):
@@ -91,8 +95,8 @@ class ObjectStorage:
                     announce()
                     announced = True
                 self.put(f"{folder}/{name}", files[name])
-            # Two writers of one version may have mixed their files: whoever finds that writes again,
-            # until one of them finds the folder all its own.
+            # Two writers of one version may have mixed their files: whoever finds that writes
+            # again, until one of them finds the folder all its own.
             if all(self._holds(f"{folder}/{name}", files[name]) for name in files):
                 return True
             time.sleep(random.uniform(0.05, 0.5))
@@ -112,10 +116,10 @@ class ObjectStorage:
 
     def lines(self, path: str) -> list[bytes]:
         """The lines of a log, oldest first."""
-        return [self.read(f"{path}/{name}") for name in self.list(path)]
+        return [self.read(f"{path}/{name}") for name in self.entries(path)]
 
     def remove(self, path: str) -> None:
-        """Deletes an object or a folder, the card first, so that nobody takes a half for a whole."""
+        """Deletes an object or a folder, the card first: nobody takes a half for a whole."""
         card = self._at(f"{path}/{CARD_FILE}")
         found = sorted(self.fs.find(self._at(path)), key=lambda name: name != card)
         for name in found:

@@ -1,54 +1,54 @@
-"""PEFT adapter folders: in (`read_folder`) and out (`export`), without PEFT and without torch.
+"""PEFT adapter folders as bricks, without importing PEFT or torch.
 
-The two files of an adapter stay as they are, so every artifact of a PEFT kind loads in PEFT straight
-from the library. What our own LoRA computes becomes a brick of kind ``lora``; any other tuner becomes
-kind ``peft`` and runs through PEFT itself. What would change the result unseen is refused by name:
-initialisations that rewrite the backbone (PiSSA and its kin: PEFT's "paths to initial weights"),
-features that our LoRA does not compute, and tensors that belong to neither.
+The two files of an adapter stay as they are, so every artifact of a PEFT kind loads in PEFT
+straight from the library. What our own LoRA computes becomes a brick of kind ``lora``; any other
+tuner becomes kind ``peft`` and runs through PEFT itself. What would change a result unseen is
+refused by name: initialisations that rewrite the backbone (PiSSA and its kin), features that a
+``lora`` brick does not compute, keys that the installed PEFT would pass over, tensors that belong
+to nothing.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cfm_train.errors import UserError
+from cfm_train.errors import UserError, nearest
 from cfm_train.library import gate
-from cfm_train.library.card import CARD_FILE, Card
-from cfm_train.library.store import Library
+from cfm_train.library.peft_catalogue import config_keys
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
-ASIDE = "cfm_train"
 
 #: Keys of PEFT's LoraConfig that a ``lora`` brick computes.
 COMPUTED = frozenset(
     {
-        "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "lora_bias", "rank_pattern",
-        "alpha_pattern", "fan_in_fan_out", "target_modules", "exclude_modules", "layers_to_transform",
-        "layers_pattern", "modules_to_save", "init_lora_weights",
+        "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "lora_bias",
+        "rank_pattern", "alpha_pattern", "fan_in_fan_out", "target_modules", "exclude_modules",
+        "layers_to_transform", "layers_pattern", "modules_to_save", "init_lora_weights",
     }
 )  # fmt: skip
 #: Keys that say where an adapter comes from, or that mean nothing once it is trained.
 DESCRIPTIVE = frozenset(
     {
-        "peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision", "inference_mode",
-        "auto_mapping", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying",
-        "eva_config",
+        "peft_type", "peft_version", "task_type", "base_model_name_or_path", "revision",
+        "inference_mode", "auto_mapping", "megatron_core", "qalora_group_size", "runtime_config",
+        "ensure_weight_tying", "eva_config",
     }
 )  # fmt: skip
 #: Initialisations that leave the backbone's weights alone; every other one rewrites them, or may.
 HARMLESS_INIT = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 
+_THROUGH_PEFT = "add it with --kind peft, to run it through PEFT"
+#: Keys that PEFT writes from sets, in another order each time.
+_SETS = ("target_modules", "exclude_modules", "modules_to_save")
 _PART = re.compile(
-    r"(?P<module>.+?)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector(\.weight)?"
-    r"|base_layer\.bias|bias)"
+    r"(?P<module>.+?)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias"
+    r"|lora_magnitude_vector(\.weight)?|base_layer\.bias|bias)"
 )
 
 
@@ -60,18 +60,17 @@ class Adapter:
         kind: ``lora`` or ``peft``.
         files: the files to store, by name.
         interface: what, with the tensors, defines the brick.
-        base: the backbone's name as PEFT wrote it, None if it did not.
-        aside: tensors of trained modules (PEFT's ``modules_to_save``, mostly a classifier) that only
-            PEFT uses: the brick carries them, and export gives them back.
+        base: the backbone as PEFT names it, None where it does not.
+        aside: tensors that only PEFT uses, see `aside_tensors`.
         licence: from the folder's own model card.
     """
 
     kind: str
     files: dict[str, Path]
     interface: dict[str, Any]
-    base: str | None = None
-    aside: list[str] = field(default_factory=list)
-    licence: str | None = None
+    base: str | None
+    aside: list[str]
+    licence: str | None
 
 
 def read_folder(folder: Path, kind: str | None = None) -> Adapter:
@@ -86,25 +85,21 @@ def read_folder(folder: Path, kind: str | None = None) -> Adapter:
             that would be ignored.
     """
     config = read_config(folder)
-    peft_type = config["peft_type"]
     tensors = gate.check_tensors(_weights(folder))
     if not tensors:
         raise UserError(f"{folder / TENSOR_FILE} holds no tensor: save the adapter again.")
-    _check_init(config, folder)
-    kind = kind or ("lora" if peft_type == "LORA" else "peft")
+    _check_init(config, str(folder))
+    kind = kind or ("lora" if config["peft_type"] == "LORA" else "peft")
     if kind == "lora":
-        if peft_type != "LORA":
-            raise UserError(
-                f"The adapter in {folder} is {peft_type}, not LORA: add it with --kind peft."
-            )
         check_lora(config, str(folder))
         _check_lora_tensors({name: info.shape for name, info in tensors.items()}, config, folder)
-    base = config.get("base_model_name_or_path") or None
+    else:
+        _check_known(config, str(folder))
     return Adapter(
         kind=kind,
         files={name: folder / name for name in (CONFIG_FILE, TENSOR_FILE)},
         interface={"kind": kind, "peft": function_of(config)},
-        base=base,
+        base=config.get("base_model_name_or_path") or None,
         aside=aside_tensors(config, tensors),
         licence=_licence(folder),
     )
@@ -123,7 +118,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
-            f"{folder} is no PEFT adapter: it has no {CONFIG_FILE} (PEFT writes one with save_pretrained)."
+            f"{folder} is no PEFT adapter: it has no {CONFIG_FILE} (save_pretrained writes one)."
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): save the adapter again.") from None
@@ -133,21 +128,16 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def function_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of an adapter config that decides what it computes, in one order and without empty keys."""
-    kept = {}
-    for key, value in config.items():
-        if (key in DESCRIPTIVE and key != "peft_type") or _is_empty(value):
-            continue
-        # PEFT writes these from sets, in a different order each time.
-        unordered = key in ("target_modules", "exclude_modules", "modules_to_save") and isinstance(
-            value, list
-        )
-        kept[key] = sorted(value) if unordered else value
-    return kept
+    """The part of an adapter config that decides what it computes: no empty keys, sets sorted."""
+    return {
+        key: sorted(value) if key in _SETS and isinstance(value, list) else value
+        for key, value in config.items()
+        if (key == "peft_type" or key not in DESCRIPTIVE) and not _is_empty(value)
+    }
 
 
 def check_lora(config: Mapping[str, Any], where: str) -> None:
-    """Refuses what a LoRA config asks for and a ``lora`` brick does not compute.
+    """Refuses what an adapter config asks for and a ``lora`` brick does not compute.
 
     Args:
         config: the content of ``adapter_config.json``.
@@ -156,60 +146,29 @@ def check_lora(config: Mapping[str, Any], where: str) -> None:
     Raises:
         UserError: naming the feature.
     """
+    if config.get("peft_type") != "LORA":
+        raise UserError(
+            f"The adapter {where} is {config.get('peft_type')}, not LORA: {_THROUGH_PEFT}."
+        )
+    _check_init(config, where)
     for key, value in config.items():
         if key not in COMPUTED | DESCRIPTIVE and not _is_empty(value):
             raise UserError(
-                f"The adapter {where} uses '{key}' ({str(value)[:60]}), which a lora brick does not compute: "
-                "add it with --kind peft, to run it through PEFT."
+                f"The adapter {where} uses '{key}' ({str(value)[:60]}), which a lora brick does "
+                f"not compute: {_THROUGH_PEFT}."
             )
-    _check_init(config, where)
-    if config.get("bias", "none") == "all":
+    if config.get("bias") == "all":
         raise UserError(
-            f"The adapter {where} trained every bias of its model (bias: all), and a lora brick only those of "
-            "its own sites: add it with --kind peft, to run it through PEFT."
+            f"The adapter {where} trained every bias of its model (bias: all), and a lora brick "
+            f"only those of its own sites: {_THROUGH_PEFT}."
         )
-
-
-def _check_init(config: Mapping[str, Any], where: object) -> None:
-    init = config.get("init_lora_weights")
-    if init not in HARMLESS_INIT or config.get("loftq_config") or config.get("corda_config"):
-        raise UserError(
-            f"The adapter {where} began with init_lora_weights='{init}', which rewrites the weights of the "
-            "backbone itself: convert it to a plain LoRA first (PEFT: save_pretrained(folder, "
-            "path_initial_model_for_weight_conversion=…)) and add that."
-        )
-
-
-def _check_lora_tensors(
-    shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], folder: Path
-) -> None:
-    """Every tensor is a part of a LoRA or of a saved module, and every A has its B."""
-    aside, parts = set(aside_tensors(config, shapes)), dict[str, dict[str, tuple[int, ...]]]()
-    for name, shape in shapes.items():
-        if name in aside:
-            continue
-        match = _PART.fullmatch(name)
-        if match is None:
-            raise UserError(
-                f"The adapter {folder} holds the tensor '{name}', which is no part of a lora brick (a trained "
-                "embedding, or a new feature of PEFT): add it with --kind peft, to run it through PEFT."
-            )
-        parts.setdefault(match["module"], {})[match["part"]] = shape
-    for module, found in parts.items():
-        a, b = found.get("lora_A.weight", ()), found.get("lora_B.weight", ())
-        if set(found) <= {"bias", "base_layer.bias"}:
-            raise UserError(
-                f"The adapter {folder} has a bias but no LoRA for '{module}': add it with --kind peft."
-            )
-        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not a[0]:
-            raise UserError(
-                f"The adapter {folder} has no matching pair lora_A, lora_B of two dimensions for '{module}' "
-                f"(shapes {a or 'missing'} and {b or 'missing'}): save it again, or add it with --kind peft."
-            )
 
 
 def aside_tensors(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """Tensors of modules that PEFT trained and saved whole (``modules_to_save``), such as a classifier.
+    """Tensors of modules that PEFT trained and saved whole (``modules_to_save``: a classifier).
+
+    They belong to a task model that cfm_train does not build: the brick carries them along, its
+    body does without them, and what is exported has them again.
 
     Args:
         config: the content of ``adapter_config.json``.
@@ -218,16 +177,61 @@ def aside_tensors(config: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     Returns:
         Their names, sorted.
     """
-    modules = set(config.get("modules_to_save") or [])
-    found = []
-    for name in names:
-        stem = name.removeprefix("base_model.model.")
-        if (
-            any(re.search(rf"(^|\.){re.escape(module)}\.", stem) for module in modules)
-            and "lora_" not in stem
-        ):
-            found.append(name)
-    return sorted(found)
+    modules = "|".join(re.escape(module) for module in config.get("modules_to_save") or [])
+    whole = re.compile(rf"(.*\.)?({modules})\.(?!.*lora_).*")
+    return sorted(name for name in names if modules and whole.fullmatch(name))
+
+
+def _check_init(config: Mapping[str, Any], where: str) -> None:
+    init = config.get("init_lora_weights")
+    if init not in HARMLESS_INIT or config.get("loftq_config"):
+        raise UserError(
+            f"The adapter {where} began with init_lora_weights={init!r}, which rewrites the "
+            "weights of the backbone itself: convert it to a plain LoRA first (PEFT: "
+            "save_pretrained(folder, path_initial_model_for_weight_conversion=…)) and add that."
+        )
+
+
+def _check_known(config: Mapping[str, Any], where: str) -> None:
+    """Refuses what the installed PEFT would pass over with a warning."""
+    catalogue = config_keys()
+    peft_type = config["peft_type"]
+    if peft_type not in catalogue:
+        raise UserError(
+            f"The adapter {where} is of the type {peft_type}, which the installed PEFT does not "
+            f"know.{nearest(peft_type, catalogue)}"
+        )
+    for key, value in config.items():
+        if key not in catalogue[peft_type] and not _is_empty(value):
+            raise UserError(
+                f"The adapter {where} has the key '{key}' ({str(value)[:60]}), which the installed "
+                f"PEFT does not know for {peft_type} and would ignore: update PEFT."
+            )
+
+
+def _check_lora_tensors(
+    shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], folder: Path
+) -> None:
+    """Every tensor is a part of a LoRA or of a saved module, and every A has its B."""
+    aside = set(aside_tensors(config, shapes))
+    modules: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        match = _PART.fullmatch(name)
+        if name not in aside and match is None:
+            raise UserError(
+                f"The adapter {folder} holds the tensor '{name}', which is no part of a lora brick "
+                f"(a trained embedding, or a new feature of PEFT): {_THROUGH_PEFT}."
+            )
+        if name not in aside and match is not None:
+            modules.setdefault(match["module"], {})[match["part"]] = shape
+    for module, parts in modules.items():
+        a, b = parts.get("lora_A.weight", ()), parts.get("lora_B.weight", ())
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not a[0]:
+            raise UserError(
+                f"The adapter {folder} has no lora_A and lora_B for '{module}' that are matrices "
+                f"and fit (shapes {a or 'missing'} and {b or 'missing'}): save it again, or "
+                f"{_THROUGH_PEFT}."
+            )
 
 
 def _is_empty(value: Any) -> bool:
@@ -237,14 +241,12 @@ def _is_empty(value: Any) -> bool:
 
 def _weights(folder: Path) -> Path:
     path = folder / TENSOR_FILE
-    if path.is_file():
-        return path
-    pickled = sorted(file.name for file in folder.iterdir() if file.name.endswith(gate.PICKLES))
-    if pickled:
-        gate.check_file(pickled[0], str(folder))
-    raise UserError(
-        f"{folder} lacks {TENSOR_FILE}: save the adapter again (PEFT: save_pretrained)."
-    )
+    if not path.is_file():
+        for file in sorted(folder.iterdir()):
+            if file.name.startswith("adapter_model"):
+                gate.check_file(file.name, str(folder))
+        raise UserError(f"{folder} lacks {TENSOR_FILE}: save the adapter again (save_pretrained).")
+    return path
 
 
 def _licence(folder: Path) -> str | None:
@@ -256,64 +258,3 @@ def _licence(folder: Path) -> str | None:
     front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     licence = re.search(r"^license:\s*([\w.+-]+)\s*$", front[1], re.MULTILINE) if front else None
     return licence[1] if licence else None
-
-
-def export(library: Library, card: Card, folder: Path) -> list[str]:
-    """Writes an artifact as a PEFT adapter folder.
-
-    What PEFT does not know (the card, heads of cfm_train) lies aside, in the subfolder ``cfm_train``.
-
-    Args:
-        library: holds the artifact.
-        card: the artifact's card.
-        folder: the new folder; it must be empty or not exist.
-
-    Returns:
-        The names of the files, relative to ``folder``.
-
-    Raises:
-        UserError: the artifact is not in PEFT's format, or the folder holds something.
-    """
-    if CONFIG_FILE not in card.files or TENSOR_FILE not in card.files:
-        raise UserError(
-            f"{card.ref} is a '{card.kind}' brick, for which PEFT has no format: use it through cfm_train, or "
-            "copy its folder with `push REF FOLDER`."
-        )
-    source = library.folder(card)
-    gate.check_artifact(card, source)
-    contents = {name: (source / name).read_bytes() for name in card.files}
-    written = {
-        name: contents.pop(name)
-        for name in (CONFIG_FILE, TENSOR_FILE, "README.md")
-        if name in contents
-    }
-    written |= {f"{ASIDE}/{name}": content for name, content in contents.items()}
-    written[f"{ASIDE}/{CARD_FILE}"] = card.to_json().encode()
-    write_folder(folder, written)
-    return sorted(written)
-
-
-def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Writes a new folder whole or not at all.
-
-    Args:
-        folder: the folder; it must be empty or not exist.
-        files: content by path, relative to the folder.
-
-    Raises:
-        UserError: the folder holds something, or cannot be written.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not an empty folder: write to a new one.")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-            new = Path(temporary) / "new"
-            for name, content in files.items():
-                (new / name).parent.mkdir(parents=True, exist_ok=True)
-                (new / name).write_bytes(content)
-            os.replace(new, folder)
-    except OSError as error:
-        raise UserError(
-            f"{folder} could not be written ({error.strerror or error}): choose another."
-        ) from None

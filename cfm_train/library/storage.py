@@ -1,7 +1,7 @@
 """Where the bytes of a library lie: a local folder, or any place that fsspec reaches.
 
-Both kinds of place (`local.py`, `objects.py`) keep the same promise in their own way: an artifact is
-there whole or not at all, and lines that many writers add are all kept.
+Both kinds of place (`local.py`, `objects.py`) keep the same promise in their own way: an artifact
+is there whole or not at all, and lines that many writers add are all kept.
 """
 
 from __future__ import annotations
@@ -30,6 +30,17 @@ class Storage(Protocol):
 
     url: str
 
+    def check_writable(self, needed: int) -> None:
+        """Checks, without leaving a trace, that something could be stored.
+
+        Args:
+            needed: bytes that must be free.
+
+        Raises:
+            OSError: the place may not be written, or is full. An object store answers only to a
+                real write and is not asked.
+        """
+
     def read(self, path: str) -> bytes:
         """The whole content of a file; FileNotFoundError where there is none."""
 
@@ -39,7 +50,7 @@ class Storage(Protocol):
     def exists(self, path: str) -> bool:
         """Whether there is a file or a folder."""
 
-    def list(self, path: str) -> list[str]:
+    def entries(self, path: str) -> list[str]:
         """Names inside a folder, sorted; none where there is no folder."""
 
     def size(self, path: str) -> int:
@@ -123,7 +134,7 @@ def opened(content: Content) -> IO[bytes]:
 
 _ELSEWHERE = "choose another with library=DIR, --library DIR or CFM_LIBRARY"
 _REASONS = {
-    errno.ENOSPC: "the disk is full: free some space (`python -m cfm_train.library gc` removes litter)",
+    errno.ENOSPC: "the disk is full: free some space (`python -m cfm_train.library gc` helps)",
     errno.EDQUOT: "the disk quota is used up: free some space",
     errno.EROFS: f"it lies on a read-only file system: {_ELSEWHERE}",
     errno.EACCES: f"you may not read or write there: {_ELSEWHERE}",

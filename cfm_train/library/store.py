@@ -2,7 +2,7 @@
 
     <library>/<name>/<version>/…          the artifact; `brick.json` in it is the commit
     <library>/<name>/refs.jsonl           append-only: which version is newest, when, from which run
-    <library>/stats/<version>/<hash>/…    sidecars, see `sidecar_folder`
+    <library>/stats/<version>/<hash>/…    sidecars, see `sidecar.py`
 
 Nothing here imports torch, and nothing changes an artifact once it is there.
 """
@@ -12,9 +12,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -24,12 +23,11 @@ from cfm_train.errors import UserError, nearest
 from cfm_train.library import gate, lineage, model_card, upkeep
 from cfm_train.library.card import CARD_FILE, RESERVED, Card, check_file_name, check_name
 from cfm_train.library.identity import version_of
-from cfm_train.library.local import LocalStorage
+from cfm_train.library.sidecar import Sidecar
 from cfm_train.library.storage import Content, explained, open_storage, opened
 from cfm_train.paths import cache_dir
 
 REFS_FILE = "refs.jsonl"
-STATS = "stats"
 
 #: What must be free where an artifact is to be stored.
 FREE_BYTES = 16 * 2**20
@@ -50,23 +48,10 @@ class Library:
         """Checks, without leaving a trace, that an artifact could be stored.
 
         Raises:
-            UserError: the folder (or the nearest one above it) may not be written, or its disk is full.
+            UserError: the folder (or the nearest one above it) may not be written, or is full.
         """
-        if not isinstance(self.storage, LocalStorage):
-            return  # an object store answers only to a real write
-        root = self.storage.root.absolute()
-        there = next(parent for parent in (root, *root.parents) if parent.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise UserError(
-                f"The library {self.root} cannot be written ({there}): choose another folder with "
-                "library=DIR."
-            )
-        free = shutil.disk_usage(there).free
-        if free < FREE_BYTES:
-            raise UserError(
-                f"The disk of the library {self.root} is full ({free / 2**20:.0f} MB free): make room, "
-                "or choose another folder with library=DIR."
-            )
+        with explained(self.root, "looking whether it can be written"):
+            self.storage.check_writable(FREE_BYTES)
 
     # -- writing ---------------------------------------------------------------------------------
 
@@ -103,18 +88,19 @@ class Library:
 
     def _commit(self, files: Mapping[str, Content], card: Card) -> Card:
         folder = f"{card.name}/{card.version}"
-        if self.storage.exists(f"{folder}/{CARD_FILE}"):
-            stored = self.stored(card.name, card.version)
-            try:
-                gate.check_files(stored, f"{self.root}/{folder}", self.opener(stored))
-            except UserError:  # damaged since it was written: what is added now repairs it
-                self.storage.remove(folder)
-        # The line is written before the folder appears: a line without a folder means nothing, while
-        # a disk that is full stops here and has changed nothing.
+        # The line is written before the folder appears: a line without a folder means nothing, and
+        # where the disk is full this stops here and has changed nothing.
         announce = partial(self._announce, card)
         if self.storage.exists(f"{folder}/{CARD_FILE}"):
-            announce()
-            return stored
+            try:
+                stored = self.stored(card.name, card.version)
+                gate.check_files(stored, f"{self.root}/{folder}", self.opener(stored))
+            except UserError:  # damaged since it was written: what is added now repairs it
+                with suppress(FileNotFoundError):
+                    self.storage.remove(folder)
+            else:
+                announce()
+                return stored
         self.storage.commit(folder, files, CARD_FILE, announce)
         return self.stored(card.name, card.version)
 
@@ -131,7 +117,7 @@ class Library:
     def names(self) -> list[str]:
         """Names that have at least one version."""
         with explained(self.root, "listing it"):
-            found = self.storage.list("")
+            found = self.storage.entries("")
             return [name for name in found if _is_name(name) and self._versions(name)]
 
     def versions(self, name: str) -> list[str]:
@@ -153,6 +139,16 @@ class Library:
         if "/" in ref and (Path(ref) / CARD_FILE).is_file():
             text = (Path(ref) / CARD_FILE).read_bytes()
             return dataclasses.replace(Card.from_json(text, f"{ref}/{CARD_FILE}"), home=Path(ref))
+        name, version = self.locate(ref)
+        with explained(self.root, f"reading '{ref}'"):
+            return self.stored(name, version)
+
+    def locate(self, ref: str) -> tuple[str, str]:
+        """Name and full version behind ``name`` or ``name@prefix``, without reading the card.
+
+        Raises:
+            UserError: there is no such artifact, or more than one version begins with the prefix.
+        """
         name, at, prefix = ref.partition("@")
         versions = self.versions(name)
         if not versions:
@@ -172,8 +168,7 @@ class Library:
             raise UserError(
                 f"'{ref}' is ambiguous: {' and '.join(matching)} begin with it; write more digits."
             )
-        with explained(self.root, f"reading '{ref}'"):
-            return self.stored(name, matching[-1])
+        return name, matching[-1]
 
     def cards(self) -> Iterator[Card]:
         """Every artifact of the library, by name, oldest version first."""
@@ -196,7 +191,9 @@ class Library:
         local = self.storage.local(path)
         if local is not None:
             return local
-        cache = cache_dir() / "library" / hashlib.sha256(self.root.encode()).hexdigest()[:16]
+        # By the card too: a library may be deleted and made again at the same address.
+        key = hashlib.sha256(f"{self.root}\n{card.to_json()}".encode()).hexdigest()
+        cache = cache_dir() / "library" / key[:16]
         copies = open_storage(cache)
         with explained(self.root, f"fetching {card.ref}"):
             if not copies.exists(f"{path}/{CARD_FILE}"):
@@ -207,6 +204,16 @@ class Library:
                 }
                 copies.commit(path, files, CARD_FILE, announce=lambda: None)
         return cache / path
+
+    def size(self, card: Card, name: str | None = None) -> int:
+        """Bytes of an artifact, or of one of its files; what is missing counts nothing."""
+        total = 0
+        for file in card.files if name is None else [name]:
+            with suppress(FileNotFoundError):
+                path = f"{card.name}/{card.version}/{file}"
+                home = card.home
+                total += (home / file).stat().st_size if home else self.storage.size(path)
+        return total
 
     def opener(self, card: Card) -> Callable[[str], IO[bytes]]:
         """A function that opens a file of an artifact by its name, wherever the library lies."""
@@ -221,7 +228,7 @@ class Library:
         """Hashes everything again and reports what is not as it was (see `upkeep.verify`)."""
         return upkeep.verify(self, ref)
 
-    def remove(self, ref: str, *, force: bool = False) -> Card:
+    def remove(self, ref: str, *, force: bool = False) -> str:
         """Deletes one version (see `upkeep.remove`)."""
         return upkeep.remove(self, ref, force=force)
 
@@ -233,32 +240,9 @@ class Library:
         """What an artifact was made from, back to the bricks that were trained."""
         return lineage.trace(self, ref)
 
-    # -- sidecars --------------------------------------------------------------------------------
-
-    def sidecar_folder(self, card: Card, data_hash: str) -> str:
-        """Where figures about an artifact on some data lie, relative to the library.
-
-        Args:
-            card: the artifact.
-            data_hash: fingerprint of the data (64 hexadecimal digits, or as many as tell it apart).
-        """
-        return f"{STATS}/{card.version}/{check_file_name(data_hash)}"
-
-    def write_sidecar(self, card: Card, data_hash: str, name: str, content: Content) -> None:
-        """Writes a file beside an artifact (a Fisher diagonal, a Gram matrix, metrics) in one step."""
-        gate.check_file(name, f"the sidecar of {card.ref}")
-        with explained(self.root, f"writing {name} of {card.ref}"):
-            self.storage.put(f"{self.sidecar_folder(card, data_hash)}/{name}", content)
-
-    def read_sidecar(self, card: Card, data_hash: str, name: str) -> bytes | None:
-        """A file beside an artifact, None where it was never written."""
-        with explained(self.root, f"reading {name} of {card.ref}"):
-            try:
-                return self.storage.read(
-                    f"{self.sidecar_folder(card, data_hash)}/{check_file_name(name)}"
-                )
-            except FileNotFoundError:
-                return None
+    def sidecar(self, card: Card, data_hash: str) -> Sidecar:
+        """Figures about an artifact on some data, to read and to write (see `Sidecar`)."""
+        return Sidecar(self, card, data_hash)
 
     # -- inside ----------------------------------------------------------------------------------
 
@@ -270,7 +254,7 @@ class Library:
     def _versions(self, name: str) -> list[str]:
         committed = [
             version
-            for version in self.storage.list(name)
+            for version in self.storage.entries(name)
             if self.storage.exists(f"{name}/{version}/{CARD_FILE}")
         ]
         if len(committed) < 2:

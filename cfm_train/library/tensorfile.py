@@ -1,4 +1,4 @@
-"""Safetensors files, read by our own few lines: header, pieces of tensors, values that are not finite.
+"""Safetensors files in a few lines of our own: header, pieces of tensors, values not finite.
 
 The header is parsed here, not by a library, so that a wrong file is refused with a sentence before
 any other code sees it, and so that bfloat16 needs no torch. The format
@@ -67,8 +67,8 @@ def read_header(file: IO[bytes], where: str) -> dict[str, TensorInfo]:
     length = int.from_bytes(start, "little")
     if start.startswith(_PICKLE_STARTS) and length > size:
         raise UserError(
-            f"{where} is a pickle, whatever its name says, and could run code when loaded: save the "
-            "tensors as safetensors."
+            f"{where} is a pickle, whatever its name says, and could run code when loaded: save "
+            "the tensors as safetensors."
         )
     if len(start) < 8:
         raise _unsound(where, f"{size} bytes are too few for a header")
@@ -148,8 +148,9 @@ def check_finite(file: IO[bytes], tensor: TensorInfo, where: str) -> None:
     bad = sum(_not_finite(piece, tensor.dtype) for piece in pieces(file, tensor))
     if bad:
         raise UserError(
-            f"{where}: {bad} of the values of tensor '{tensor.name}' are NaN or infinite: its training "
-            "diverged or the file is damaged; train with a lower learning rate or fetch the file again."
+            f"{where}: {bad} of the values of tensor '{tensor.name}' are NaN or infinite: its "
+            "training diverged or the file is damaged; train with a lower learning rate or fetch "
+            "the file again."
         )
 
 

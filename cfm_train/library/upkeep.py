@@ -1,10 +1,11 @@
-"""Looking after a library: verify what lies there, remove a version, collect what killed runs left."""
+"""Looking after a library: verify what lies there, remove a version, collect litter."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from cfm_train.errors import UserError
@@ -12,7 +13,8 @@ from cfm_train.library import gate
 from cfm_train.library.card import CARD_FILE, RESERVED, Card
 from cfm_train.library.identity import version_of
 from cfm_train.library.lineage import children
-from cfm_train.library.storage import explained
+from cfm_train.library.sidecar import STATS
+from cfm_train.library.storage import Content, explained
 
 if TYPE_CHECKING:
     from cfm_train.library.store import Library
@@ -60,7 +62,8 @@ def verify(library: Library, ref: str | None = None) -> list[Problem]:
                 found.append(Problem(f"{name}@{version}", str(error)))
                 continue
             if (card.name, card.version) != (name, version):
-                sentence = f"The folder {library.root}/{name}/{version} holds the card of {card.ref}: move it back."
+                place = f"{library.root}/{name}/{version}"
+                sentence = f"The folder {place} holds the card of {card.ref}: move it back."
                 found.append(Problem(f"{name}@{version}", sentence))
                 continue
             found += _problems(library, card)
@@ -73,19 +76,18 @@ def _problems(library: Library, card: Card) -> list[Problem]:
     try:
         with explained(library.root, f"verifying {card.ref}"):
             gate.check_files(card, place, opener)
-            version = version_of(
-                {name: lambda name=name: opener(name) for name in sorted(card.files)}, card
-            )
+            files: dict[str, Content] = {name: partial(opener, name) for name in card.files}
+            version = version_of(files, card)
     except UserError as error:
         return [Problem(card.ref, str(error))]
     if version != card.version:
         sentence = (
-            f"The tensors and the interface of {card.ref} give version {version}: its card was edited; "
-            "add or train it again."
+            f"The tensors and the interface of {card.ref} give version {version}: its card was "
+            "edited; add or train it again."
         )
         return [Problem(card.ref, sentence)]
     if card.home is None:
-        present = set(library.storage.list(f"{card.name}/{card.version}"))
+        present = set(library.storage.entries(f"{card.name}/{card.version}"))
         extra = sorted(present - set(card.files) - {CARD_FILE})
         if extra:
             return [
@@ -97,8 +99,8 @@ def _problems(library: Library, card: Card) -> list[Problem]:
     return []
 
 
-def remove(library: Library, ref: str, *, force: bool = False) -> Card:
-    """Deletes one version of an artifact.
+def remove(library: Library, ref: str, *, force: bool = False) -> str:
+    """Deletes one version of an artifact, damaged or not.
 
     Args:
         library: the library.
@@ -106,26 +108,27 @@ def remove(library: Library, ref: str, *, force: bool = False) -> Card:
         force: delete it even if others were made from it.
 
     Returns:
-        The card of what was deleted.
+        What was deleted, ``name@version``.
 
     Raises:
         UserError: it does not exist, has several versions and none was chosen, or is a parent.
     """
-    card = library.find(ref)
-    if card.home is not None:
-        raise UserError(f"'{ref}' is a path: remove an artifact by its name, such as {card.ref}.")
-    versions = library.versions(card.name)
+    name, version = library.locate(ref)
+    versions = library.versions(name)
     if "@" not in ref and len(versions) > 1:
         raise UserError(
-            f"'{ref}' has {len(versions)} versions ({', '.join(versions)}): write which, as {card.ref}."
+            f"'{ref}' has {len(versions)} versions ({', '.join(versions)}): write which one, "
+            f"as in {name}@{version}."
         )
-    made_from_it = [] if force else children(library, card)
+    made_from_it = [] if force else children(library, name, version)
     if made_from_it:
         others = ", ".join(other.ref for other in made_from_it)
-        raise UserError(f"{card.ref} is a parent of {others}: remove them first, or use --force.")
-    with explained(library.root, f"removing {card.ref}"):
-        library.storage.remove(f"{card.name}/{card.version}")
-    return card
+        raise UserError(
+            f"{name}@{version} is a parent of {others}: remove them first, or use --force."
+        )
+    with explained(library.root, f"removing {name}@{version}"):
+        library.storage.remove(f"{name}/{version}")
+    return f"{name}@{version}"
 
 
 def collect(library: Library, *, dry_run: bool = False, grace: float = GRACE) -> list[str]:
@@ -157,14 +160,14 @@ def _litter(library: Library) -> Iterator[str]:
     storage = library.storage
     yield from storage.litter()
     alive = set()
-    for name in storage.list(""):
+    for name in storage.entries(""):
         if name.startswith(".") or name in RESERVED:
             continue
-        for version in storage.list(name):
+        for version in storage.entries(name):
             if storage.exists(f"{name}/{version}/{CARD_FILE}"):
                 alive.add(version)
             elif _VERSION.fullmatch(version):
                 yield f"{name}/{version}"
-    for version in storage.list("stats"):
+    for version in storage.entries(STATS):
         if version not in alive:
-            yield f"stats/{version}"
+            yield f"{STATS}/{version}"

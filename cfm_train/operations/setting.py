@@ -1,14 +1,17 @@
-"""What operations share once torch may be imported: threads, the backbone, and the proof that it held still."""
+"""What operations share once torch may be imported: the backbone, tracking, and proofs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfm_train.backbone.spec import ResolvedBackbone
 
 if TYPE_CHECKING:
     from cfm_train.backbone.load import Backbone
+    from cfm_train.tracking.wandb_run import WandbRun
 
 
 def open_backbone(
@@ -49,3 +52,26 @@ def unchanged(backbone: Backbone, before: str, resolved: ResolvedBackbone) -> bo
     from cfm_train.backbone.fingerprint import fingerprint
 
     return backbone.checksum() == before and fingerprint(resolved.folder) == backbone.fingerprint
+
+
+@contextmanager
+def tracked(config: Mapping[str, Any], folder: Path) -> Iterator[WandbRun]:
+    """The run's W&B side; it ends with exit code 1 where the block raises."""
+    from cfm_train.tracking.wandb_run import WandbRun
+
+    tracking = config["tracking"]
+    wandb = WandbRun(
+        tracking["mode"],
+        tracking["project"],
+        tracking["group"],
+        config["operation"],
+        tracking["tags"],
+        config,
+        folder,
+    )
+    try:
+        yield wandb
+    except BaseException:
+        wandb.finish(1)
+        raise
+    wandb.finish(0)

@@ -1,7 +1,7 @@
 """Train a brick on a task, judge it on the test split, and put it into the library.
 
-    check    backbone, data, library, all before torch is imported
-    run      load ─► build ─► fit ─► test (and the lower bound) ─► store ─► record
+check    backbone, data, library, all before torch is imported
+run      load ─► build ─► fit ─► test (and the lower bound) ─► store ─► record
 """
 
 from __future__ import annotations
@@ -68,9 +68,8 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     from cfm_train.bricks.stored import store
     from cfm_train.evaluation.floor import floor_of
     from cfm_train.evaluation.judge import judge
-    from cfm_train.operations.setting import open_backbone, unchanged
+    from cfm_train.operations.setting import open_backbone, tracked, unchanged
     from cfm_train.tracking.metrics_file import MetricsFile
-    from cfm_train.tracking.wandb_run import WandbRun
     from cfm_train.training.checkpoint import read_position
     from cfm_train.training.cost import peak_memory
     from cfm_train.training.fit import fit
@@ -88,18 +87,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     position = read_position(folder / "checkpoints")
     metrics = MetricsFile(folder / "metrics.jsonl")
     metrics.cut_back(position.step)
-    tracking = config["tracking"]
-    wandb = WandbRun(
-        tracking["mode"],
-        tracking["project"],
-        tracking["group"],
-        "train",
-        tracking["tags"],
-        config,
-        folder,
-    )
-    failed = True
-    try:
+    with tracked(config, folder) as wandb:
         samples = SampleOutputs(backbone, tasks, settings["samples"], wandb)
         try:
             fitted = fit(
@@ -172,14 +160,11 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
         wandb.table("matrix", list(matrix[0]), [list(cell.values()) for cell in matrix])
         wandb.artifact(card.name, "brick", inputs.library.folder(card), {"version": card.version})
         wandb.summary({name: figure["value"] for name, figure in record["metrics"].items()})
-        failed = False
-    finally:
-        wandb.finish(int(failed))
     return {**record, "wandb": wandb.as_record()}
 
 
 def add_heads(brick: Brick, backbone: Backbone, tasks: dict[str, TaskData]) -> None:
-    """Gives the brick a head for each task that needs one, pooled as suits the backbone's family."""
+    """Gives the brick a head for each task that needs one, pooled as suits the backbone."""
     from cfm_train.bricks.heads import Head
     from cfm_train.training.objectives import HEADED
 

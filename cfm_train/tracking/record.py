@@ -97,10 +97,19 @@ class Cost(TypedDict):
 
 
 @with_config(_STRICT)
-class Data(TypedDict):
-    """What reading the data found: leaking rows, skipped rows, a fingerprint for every split."""
+class Leaks(TypedDict):
+    """Rows of a task that stood in two splits and were dropped from one; the first few places."""
 
-    leaks: Any
+    total: int
+    counts: dict[str, int]
+    examples: list[str]
+
+
+@with_config(_STRICT)
+class Data(TypedDict):
+    """What reading the data found: leaks by task, skipped rows, a fingerprint for every split."""
+
+    leaks: dict[str, Leaks]
     skipped_rows: int
     fingerprints: dict[str, str]
 

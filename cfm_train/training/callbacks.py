@@ -29,7 +29,12 @@ class MetricsLog(Callback):
         self.wandb = wandb
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         """Logs the step's loss, learning rate and gradient norm."""
         values = {name: outputs[name] for name in outputs if name.startswith("train/")}
@@ -82,7 +87,12 @@ class Progress(Callback):
         )
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         """Moves the bar; the figures are means over the last steps."""
         self._recent.append((outputs["seconds"], outputs["rows"], outputs["tokens"]))

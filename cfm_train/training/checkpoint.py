@@ -1,8 +1,9 @@
 """Checkpoints that survive a kill at any moment, and the resume that follows.
 
-Lightning's own save goes through the system's temporary folder and is not atomic across file systems;
-ours writes beside the target, flushes to disk and renames. A checkpoint is taken after the optimiser step
-and after the validation that belongs to it, so a resumed run neither repeats nor skips one.
+Lightning's own save goes through the system's temporary folder and is not atomic across file
+systems; ours writes beside the target, flushes to disk and renames. A checkpoint is taken after
+the optimiser step and after the validation that belongs to it, so a resumed run neither repeats
+nor skips one.
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ class AtomicCheckpointIO(CheckpointIO):
 
 
 class ExactCheckpoint(Callback):
-    """Saves the last state after every N steps (and their validation) and on SIGTERM, and the best brick.
+    """Saves the last state after every N steps (and their validation) and on SIGTERM, and the best
+    brick.
 
     Args:
         folder: the run's ``checkpoints`` folder.
@@ -121,13 +123,17 @@ class ExactCheckpoint(Callback):
         self.best, self.best_step = state_dict["best"], state_dict["best_step"]
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         """Saves now, or after the validation that this step brings."""
         step = trainer.global_step
-        stopping = trainer.received_sigterm
-        self._due = step % self.every == 0 or step >= trainer.max_steps or stopping
-        if self._due and (stopping or not _validation_follows(trainer, batch_idx)):
+        self._due = step % self.every == 0 or step >= trainer.max_steps or trainer.received_sigterm
+        if self._due and not _validation_follows(trainer, batch_idx):
             self._save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -162,6 +168,6 @@ class ExactCheckpoint(Callback):
 
 
 def _validation_follows(trainer: pl.Trainer, batch_idx: int) -> bool:
-    """Whether Lightning validates right after this batch (``val_check_interval`` counts batches)."""
+    """Whether Lightning validates right after this batch."""
     interval = trainer.val_check_interval
     return trainer.enable_validation and interval is not None and (batch_idx + 1) % interval == 0

@@ -1,7 +1,8 @@
 """What training costs: memory, and the share of the floating-point limit of a frozen backbone.
 
 With N frozen parameters in matrix products, a token costs 2N forward and 2N for the gradient of the
-activations; the 2N for weight gradients vanish. So 4N FLOP a token is the work, and the share shown is
+activations; the 2N for weight gradients vanish. So 4N FLOP a token is the work, and the share
+shown is
 
     tokens/s × 4N ÷ (best matrix product rate of this machine in this dtype)
 
@@ -35,7 +36,7 @@ def matmul_parameters(backbone: Backbone) -> int:
 
 
 def peak_flops(dtype: torch.dtype, device: torch.device, *, size: int = 1024) -> float:
-    """The best rate of a square matrix product, measured for a few tenths of a second, in FLOP/s."""
+    """The best rate of a square matrix product in FLOP/s, from a quarter of a second."""
     a = torch.randn(size, size, device=device).to(dtype)
     b = torch.randn(size, size, device=device).to(dtype)
     best = float("inf")

@@ -19,7 +19,7 @@ def make_batch(task: str, encoded: Encoded, indices: object, pad_id: int) -> Bat
     return batch
 
 
-class StepDataset(IterableDataset):  # type: ignore[type-arg]
+class StepDataset(IterableDataset):
     """Groups of micro-batches, one group for each optimiser step, without end.
 
     Args:
@@ -56,7 +56,7 @@ class StepDataset(IterableDataset):  # type: ignore[type-arg]
             step += 1
 
 
-class EvaluationDataset(IterableDataset):  # type: ignore[type-arg]
+class EvaluationDataset(IterableDataset):
     """Every row of some splits once, in batches of nearly equal length, the longest first.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, EarlyStopping
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader
 
 from cfm_train.backbone.load import Backbone
@@ -65,7 +67,9 @@ def plan_steps(stream: BatchStream, settings: Mapping[str, Any]) -> tuple[int, i
     """
     accumulate = settings["accumulate"]
     epoch = max(1, math.ceil(stream.steps(1) / accumulate))
-    total = settings["max_steps"] or max(1, math.ceil(stream.steps(settings["epochs"]) / accumulate))
+    total = settings["max_steps"] or max(
+        1, math.ceil(stream.steps(settings["epochs"]) / accumulate)
+    )
     return total, min(total, settings["validate_every"] or epoch)
 
 
@@ -150,13 +154,16 @@ def fit(
         collate_fn=_as_is,
     )
     if position.step < total and not position.stopped:
-        trainer.fit(
-            module,
-            loader,
-            evaluation if validation else None,
-            ckpt_path=str(checkpoint.last_path) if position.step else None,
-            weights_only=True,
-        )
+        try:
+            trainer.fit(
+                module,
+                loader,
+                evaluation if validation else None,
+                ckpt_path=str(checkpoint.last_path) if position.step else None,
+                weights_only=True,
+            )
+        except SIGTERMException:  # the checkpoint of this step is written: the same command resumes
+            raise SystemExit(128 + signal.SIGTERM) from None
         steps = trainer.global_step
     else:  # killed after the last step: nothing is left to train
         state = torch.load(checkpoint.last_path, map_location="cpu", weights_only=True)

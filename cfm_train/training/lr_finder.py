@@ -1,7 +1,8 @@
 """Learning-rate range test (Smith 2015, arXiv 1506.01186): raise the rate until the loss blows up.
 
-The rate grows from `LOWEST` to `HIGHEST` over `STEPS` optimiser steps on the run's own batches; the suggestion is
-where the smoothed loss falls fastest. The brick is put back as it was, so that training starts afresh.
+The rate grows from `LOWEST` to `HIGHEST` over `STEPS` optimiser steps on the run's own batches;
+the suggestion is where the smoothed loss falls fastest. The brick is put back as it was, so that
+training starts afresh.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ BLOWN_UP = 3.0
 
 
 def find_learning_rate(module: BrickModule, dataset: StepDataset, folder: Path) -> float:
-    """Suggests a peak learning rate and leaves the curve in ``learning_rate.json`` of the run folder.
+    """Suggests a peak learning rate and leaves the curve in ``learning_rate.json`` of the run
+    folder.
 
     Args:
         module: the module to train; its brick is restored afterwards.
@@ -59,7 +61,10 @@ def _sweep(module: BrickModule, dataset: StepDataset) -> tuple[list[float], list
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
-        batches = [module.transfer_batch_to_device(b, module.backbone.device, 0) for b in dataset.group_at(step)]
+        batches = [
+            module.transfer_batch_to_device(b, module.backbone.device, 0)
+            for b in dataset.group_at(step)
+        ]
         total = sum(count_items(module.specs[b["task"]].type, b) for b in batches)
         loss = 0.0
         for micro, batch in enumerate(batches):

@@ -1,11 +1,12 @@
 """The Lightning module that trains a brick over a frozen backbone.
 
-One Lightning batch is one optimiser step: a group of micro-batches whose losses are summed and divided by
-the group's item count. Accumulation therefore weighs every item alike, and a step either happened or did
-not, which is what makes a killed run resume exactly: batch and generators are functions of seed and step.
+One Lightning batch is one optimiser step: a group of micro-batches whose losses are summed and
+divided by the group's item count. Accumulation therefore weighs every item alike, and a step
+either happened or did not, which is what makes a killed run resume exactly: batch and generators
+are functions of seed and step.
 
-The backbone is registered (so that Lightning moves it) but is no part of `state_dict`: a checkpoint holds
-the brick, its heads and the optimiser.
+The backbone is registered (so that Lightning moves it) but is no part of `state_dict`: a
+checkpoint holds the brick, its heads and the optimiser.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ class BrickModule(pl.LightningModule):
         own = {name.removeprefix("brick."): value for name, value in state_dict.items()}
         return self.brick.load_state_dict(own, strict=True)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """AdamW over the brick's parameters, with the schedule applied each step."""
         options = self.optimisation
         parameters = [p for p in self.brick.parameters() if p.requires_grad]
@@ -144,8 +145,8 @@ class BrickModule(pl.LightningModule):
     def loss_of(self, batch: Batch) -> Result:
         """The objective on one micro-batch."""
         task = batch["task"]
-        head = self.brick.heads[task] if task in self.brick.heads else None
-        return compute(self.specs[task].type, self.backbone, head, batch)  # type: ignore[arg-type]
+        head = self.brick.head_for(task)
+        return compute(self.specs[task].type, self.backbone, head, batch)
 
     def training_step(self, group: list[Batch], batch_idx: int) -> dict[str, Any]:
         """One optimiser step on a group of micro-batches.
@@ -249,7 +250,9 @@ class BrickModule(pl.LightningModule):
         self.train_seconds = kept["train_seconds"]
         self._window, self._first_window = list(kept["window"]), kept["first_window"]
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
         """Moves the tensors of a group or of one batch; task names and row numbers stay."""
         if isinstance(batch, list):
             return [self.transfer_batch_to_device(b, device, dataloader_idx) for b in batch]

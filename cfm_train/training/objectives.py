@@ -1,7 +1,7 @@
 """Objectives: what a task type minimises, as a sum over items and the number of items.
 
-A sum and a count, never a mean: micro-batches are added up and divided once by the whole group's count,
-so that every row (or token) weighs the same however the batches fell.
+A sum and a count, never a mean: micro-batches are added up and divided once by the whole group's
+count, so that every row (or token) weighs the same however the batches fell.
 
     classification   cross entropy on the head's logits        per row
     multilabel       binary cross entropy, summed over labels  per row
@@ -74,7 +74,9 @@ def compute(task_type: str, backbone: Backbone, head: Head | None, batch: Batch)
         assert head is not None
         extra = {key: batch[key] for key in ("token_type_ids",) if key in batch}
         hidden_states = backbone.hidden_states(batch["input_ids"], batch["attention_mask"], **extra)
-        return headed_result(task_type, head(hidden_states, batch["attention_mask"]), batch["labels"])
+        return headed_result(
+            task_type, head(hidden_states, batch["attention_mask"]), batch["labels"]
+        )
     if task_type == "seq2seq":
         logits = backbone.logits(
             input_ids=batch["input_ids"],
@@ -115,12 +117,14 @@ def _next_token(backbone: Backbone, batch: Batch) -> Result:
     labels = batch["labels"]
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # token i predicts token i + 1
     positions = (targets != IGNORED).any(dim=0).nonzero()[:, 0]
-    extra = {key: batch[key] for key in ("position_ids",) if key in batch}
+    # A block of several documents says where each begins by its positions alone: transformers keeps
+    # them apart in attention only where it is given no mask (padding then is a document of its
+    # own).
+    key = "position_ids" if "position_ids" in batch else "attention_mask"
+    extra = {key: batch[key]}
     if "logits_to_keep" in inspect.signature(backbone.model.forward).parameters:
         extra["logits_to_keep"] = positions
-    logits = backbone.logits(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **extra
-    )
+    logits = backbone.logits(input_ids=batch["input_ids"], **extra)
     if logits.shape[1] != len(positions):
         logits = logits[:, positions]
     result = _tokens(logits, targets[:, positions])

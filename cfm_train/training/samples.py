@@ -1,4 +1,4 @@
-"""Sample outputs at each validation: what a person reads to see whether the figures mean anything."""
+"""Sample outputs at each validation, for a person to read beside the figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generators as functions of seed and position, so that a resumed run draws what the unbroken one drew."""
+"""Generators as functions of seed and position: a resumed run draws what the unbroken one drew."""
 
 from __future__ import annotations
 

@@ -1,0 +1,280 @@
+"""Our training against transformers' Trainer with PEFT, on the same machine in the same run.
+
+    python benchmarks/task_bricks.py --root ../shared/data/tasks --seeds 0 1 2 --out results.json
+
+Same backbone (MiniLM), rank, sites, epochs, tokens per batch and learning-rate budget (one rate,
+the same for all). Arms are interleaved task by task, so that a machine whose speed drifts is fair
+to all:
+
+    ours        python -m cfm_train, bfloat16 where the processor multiplies it natively
+    peer_bf16   Trainer(bf16=True) over a PEFT LoRA
+    peer_tuned  the same with bfloat16 weights and batches grouped by length
+    peer_fp32   Trainer as it comes
+
+Speed is samples/s inside training, without start-up and evaluation; scores are accuracies on the
+test split. `peer_fp32` and `peer_tuned` run for `--speed-steps` steps only where `--scores` leaves
+them out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+TASKS = [
+    "sst2",
+    "trec",
+    "subj",
+    "mpqa",
+    "agnews",
+    "banking77",
+    "boolq",
+    "cola",
+    "mrpc",
+    "rte",
+    "sms_spam",
+    "tweet_emotion",
+]
+ARMS = ("ours", "peer_bf16", "peer_tuned", "peer_fp32")
+#: Lower bounds that the project promises: our samples/s over the arm's, geometric mean over tasks.
+PROMISED = {"peer_bf16": 1.8, "peer_tuned": 1.0, "peer_fp32": 3.5}
+
+
+def ours(task: str, seed: int, options: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """One run of the project, in this process, and its record's figures."""
+    from cfm_train.launch.job import prepare
+
+    job = prepare(
+        [
+            f"recipe=task/{task}",
+            f"seed={seed}",
+            f"data.root={options.root}",
+            f"data.limit={options.rows}",
+            "brick=lora",
+            f"brick.rank={options.rank}",
+            f"brick.learning_rate={options.rate}",
+            f"trainer.epochs={options.epochs}",
+            f"trainer.tokens_per_batch={options.tokens}",
+            "trainer.samples=0",
+            "evaluation.bootstrap=1",
+            "tracking.mode=disabled",
+            f"outputs={folder}",
+            f"library={folder}/library",
+        ]
+    )
+    record = job.start()
+    return {
+        "score": record["metrics"]["test/accuracy"]["value"],
+        "samples_per_second": record["cost"]["samples_per_second"],
+        "n": record["metrics"]["test/accuracy"]["n"],
+    }
+
+
+def peer(
+    arm: str, task: str, seed: int, options: argparse.Namespace, folder: Path, steps: int | None
+) -> dict[str, float]:
+    """One run of transformers' Trainer with PEFT on the very same rows."""
+    import numpy as np
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+    from transformers import (
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        DataCollatorWithPadding,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+        set_seed,
+    )
+
+    from cfm_train.backbone.spec import resolve
+    from cfm_train.config.compose import option
+    from cfm_train.data.sources import check
+
+    set_seed(seed)
+    section = option("data", task, root=str(options.root), limit=options.rows)
+    checked = check(section)
+    source = resolve(option("backbone", "minilm")).folder
+    tokenizer = AutoTokenizer.from_pretrained(source)
+
+    def dataset(split: str) -> Any:
+        rows = checked.rows[split]
+        texts = list(zip(*[row["text"] for row in rows], strict=True))
+        encoded = tokenizer(
+            *[list(t) for t in texts], truncation=True, max_length=section["max_length"]
+        )
+        return Dataset.from_dict({**encoded, "labels": [row["label"] for row in rows]})
+
+    train, test = dataset("train"), dataset("test")
+    lengths = [len(ids) for ids in train["input_ids"]]
+    batch = max(1, min(64, round(options.tokens / statistics.fmean(lengths))))
+    model = AutoModelForSequenceClassification.from_pretrained(
+        source,
+        num_labels=len(checked.spec.labels or ()),
+        dtype=torch.bfloat16 if arm == "peer_tuned" else torch.float32,
+    )
+    model = get_peft_model(
+        model,
+        LoraConfig(
+            r=options.rank,
+            lora_alpha=2 * options.rank,
+            target_modules=["query", "value"],
+            task_type="SEQ_CLS",
+        ),
+    )
+
+    class Clock(TrainerCallback):
+        """Times the steps alone; the first one warms up."""
+
+        def __init__(self) -> None:
+            self.started, self.seconds, self.steps = 0.0, 0.0, 0
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.started = time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.steps += 1
+            self.seconds += time.perf_counter() - self.started
+
+    clock = Clock()
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(folder / f"{arm}-{task}-{seed}"),
+            per_device_train_batch_size=batch,
+            per_device_eval_batch_size=4 * batch,
+            num_train_epochs=options.epochs,
+            max_steps=-1 if steps is None else steps,
+            learning_rate=options.rate,
+            warmup_steps=0.06,
+            lr_scheduler_type="linear",
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            bf16=arm == "peer_bf16",
+            train_sampling_strategy="group_by_length" if arm == "peer_tuned" else "random",
+            seed=seed,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(),
+        ),
+        train_dataset=train,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        callbacks=[clock],
+    )
+    started = time.perf_counter()
+    trainer.train()
+    whole = time.perf_counter() - started
+    rows = len(train) * options.epochs if steps is None else steps * batch
+    # The loop's own overhead counts, as it does for us: the whole of train() but for its set-up.
+    result = {"samples_per_second": rows / whole, "steps_only": rows / clock.seconds}
+    if steps is None:
+        predicted = trainer.predict(test)
+        hits = np.argmax(predicted.predictions, -1) == np.asarray(test["labels"])
+        result |= {"score": float(hits.mean()), "n": len(test)}
+    return result
+
+
+def runs(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """Every arm on every task and seed, interleaved."""
+    for task in options.tasks:
+        for seed in options.seeds:
+            for arm in options.arms:
+                short = arm not in options.scores
+                if short and seed != options.seeds[0]:
+                    continue
+                if arm == "ours":
+                    figures = ours(task, seed, options, folder)
+                else:
+                    steps = options.speed_steps if short else None
+                    figures = peer(arm, task, seed, options, folder, steps)
+                yield {"task": task, "seed": seed, "arm": arm, **figures}
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean score difference with its 95 % interval, and geometric means of the speed ratios."""
+    found = {(r["arm"], r["task"], r["seed"]): r for r in rows}
+    differences = [
+        r["score"] - found["peer_bf16", task, seed]["score"]
+        for (arm, task, seed), r in found.items()
+        if arm == "ours" and "score" in found.get(("peer_bf16", task, seed), {})
+    ]
+    result: dict[str, Any] = {}
+    if len(differences) > 1:
+        mean = statistics.fmean(differences)
+        error = statistics.stdev(differences) / math.sqrt(len(differences))
+        result["score_difference"] = {
+            "mean": 100 * mean,
+            "low": 100 * (mean - 1.96 * error),
+            "high": 100 * (mean + 1.96 * error),
+            "runs": len(differences),
+            "promised_low": -1.0,
+        }
+    for arm, promised in PROMISED.items():
+        ratios = [
+            found["ours", task, seed]["samples_per_second"] / r["samples_per_second"]
+            for (other, task, seed), r in found.items()
+            if other == arm and ("ours", task, seed) in found
+        ]
+        if ratios:
+            result[f"speed_over_{arm}"] = {
+                "geometric_mean": math.exp(statistics.fmean(map(math.log, ratios))),
+                "median": statistics.median(ratios),
+                "lowest": min(ratios),
+                "highest": max(ratios),
+                "runs": len(ratios),
+                "promised": promised,
+            }
+    return result
+
+
+def main() -> None:
+    """Runs the benchmark and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--root", type=Path, required=True, help="folder of <task>.train.jsonl …")
+    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS)
+    parser.add_argument("--scores", nargs="+", default=["ours", "peer_bf16"], choices=ARMS)
+    parser.add_argument("--rows", type=int, default=4000, help="training rows of each task")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens of a batch")
+    parser.add_argument("--speed-steps", type=int, default=40)
+    parser.add_argument("--out", type=Path, default=Path("outputs/benchmark_task_bricks.json"))
+    options = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for row in runs(options, Path(folder)):
+            rows.append(row)
+            score = f"{row['score']:.3f}" if "score" in row else "  –  "
+            print(
+                f"{row['task']:14} seed {row['seed']} {row['arm']:11} score {score} "
+                f"{row['samples_per_second']:7.1f} samples/s",
+                flush=True,
+            )
+            told = {"options": {k: str(v) for k, v in vars(options).items()}, "rows": rows}
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps({**told, "summary": summary(rows)}, indent=1))
+    for name, figures in summary(rows).items():
+        print(name, {k: round(v, 3) for k, v in figures.items()})
+
+
+if __name__ == "__main__":
+    main()

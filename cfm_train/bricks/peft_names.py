@@ -1,0 +1,64 @@
+"""PEFT's names: which site an adapter's module path means, which pattern of its config counts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from cfm_train.bricks.brick import LINEAR
+from cfm_train.errors import UserError
+
+if TYPE_CHECKING:
+    from cfm_train.backbone.load import Backbone
+    from cfm_train.backbone.sites import Site
+
+#: What PEFT puts before the path of every module.
+PREFIX = "base_model.model."
+#: PEFT's name for what a backbone is used for.
+TASK_TYPES = {
+    "encoder": "FEATURE_EXTRACTION",
+    "decoder": "CAUSAL_LM",
+    "encoder-decoder": "SEQ_2_SEQ_LM",
+}
+
+
+def find_site(backbone: Backbone, module: str) -> Site:
+    """The whole linear site of a module path, which may carry or lack a wrapper's prefix.
+
+    PEFT names modules from the class that it wrapped: a ``BertForSequenceClassification`` puts
+    ``bert.`` before what a ``BertModel`` calls ``encoder.layer.0…``.
+
+    Args:
+        backbone: where the adapter is to be plugged in.
+        module: the path as PEFT wrote it, without `PREFIX`.
+
+    Raises:
+        UserError: there is no such linear module, or there are two.
+    """
+    whole = [s for s in backbone.sites.values() if s.kind in LINEAR and s.rows is None]
+    same = {s.module: s for s in whole if s.module == module}
+    close = same or {
+        s.module: s
+        for s in whole
+        if module.endswith(f".{s.module}") or s.module.endswith(f".{module}")
+    }
+    if not close:
+        raise UserError(
+            f"The adapter updates the module '{module}', which the backbone '{backbone.id}' does "
+            "not have as a linear layer: it was trained on another model."
+        )
+    if len(close) > 1:
+        raise UserError(
+            f"The adapter's module '{module}' may be any of {', '.join(sorted(close))} of the "
+            f"backbone '{backbone.id}': save it from the whole model, so that its names say which."
+        )
+    return next(iter(close.values()))
+
+
+def pattern_value(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    """PEFT's rule: the first pattern that fits the end of the module's path, else the default."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default

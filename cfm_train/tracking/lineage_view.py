@@ -1,0 +1,93 @@
+"""The lineage graph of records: backbones, the bricks over them, and what was made from those."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Json = dict[str, Any]
+
+
+def lineage(records: Sequence[Mapping[str, Any]], folder: Path) -> Json:
+    """Nodes with a column and a place in it, and the edges between them.
+
+    Args:
+        records: valid records.
+        folder: where the page will lie; links to cards are relative to it.
+
+    Returns:
+        ``nodes`` (id, name, version, kind, operation, card, column, place) and ``edges`` (from, to,
+        weight). ``kind`` is ``backbone``, ``brick``, or ``outside`` for a parent without a record.
+    """
+    nodes: dict[str, Json] = {}
+    edges: dict[tuple[str, str], float | None] = {}
+    for record in records:
+        brick, backbone = record["brick"], record["backbone"]
+        if brick is None or record["operation"] in ("evaluate", "predict"):
+            continue
+        own = f"{brick['name']}@{brick['version']}"
+        card = link(Path(brick["path"]) / "brick.json", folder)
+        nodes[own] = _node(own, brick, "brick", record["operation"], card)
+        for parent in brick["parents"]:
+            key = f"{parent['name']}@{parent['version']}"
+            nodes.setdefault(key, _node(key, parent, "outside", None, None))
+            edges[key, own] = parent.get("weight")
+        if backbone is not None and not brick["parents"]:
+            key = f"backbone {backbone['fingerprint']}"
+            version = backbone["fingerprint"][:8]
+            named = {"name": backbone["id"], "version": version}
+            nodes.setdefault(key, _node(key, named, "backbone", None, None))
+            edges[key, own] = None
+    _place(nodes, list(edges))
+    return {
+        "nodes": list(nodes.values()),
+        "edges": [{"from": a, "to": b, "weight": weight} for (a, b), weight in edges.items()],
+    }
+
+
+def link(target: Path, folder: Path) -> str:
+    """A link from the page to a file, relative so that both can be moved together."""
+    return Path(os.path.relpath(target.absolute(), folder.absolute())).as_posix()
+
+
+def _node(
+    key: str, named: Mapping[str, Any], kind: str, operation: str | None, card: str | None
+) -> Json:
+    return {
+        "id": key,
+        "name": named["name"],
+        "version": named["version"],
+        "kind": kind,
+        "operation": operation,
+        "card": card,
+    }
+
+
+def _place(nodes: Mapping[str, Json], edges: Sequence[tuple[str, str]]) -> None:
+    """Sets each node's column (longest way from a root) and its place in it (near its parents).
+
+    Columns come in at most as many rounds as there are nodes, so that records which name each other
+    as parents, which no run of ours writes, end the search instead of hanging it.
+    """
+    for node in nodes.values():
+        node["column"] = 0
+    for _ in nodes:
+        for parent, child in edges:
+            deeper = nodes[parent]["column"] + 1
+            nodes[child]["column"] = min(max(nodes[child]["column"], deeper), len(nodes))
+    for node in nodes.values():  # a parent without a record stands right before its first child
+        children = [nodes[b]["column"] for a, b in edges if a == node["id"]]
+        if node["kind"] == "outside" and children:
+            node["column"] = max(0, min(children) - 1)
+    places: dict[str, float] = {}
+    for column in sorted({node["column"] for node in nodes.values()}):
+        members = [node for node in nodes.values() if node["column"] == column]
+        wish = {}
+        for at, node in enumerate(members):
+            above = [places[a] for a, b in edges if b == node["id"] and a in places]
+            wish[node["id"]] = (sum(above) / len(above) if above else at / len(members), at)
+        for at, node in enumerate(sorted(members, key=lambda node: wish[node["id"]])):
+            node["place"] = at
+            places[node["id"]] = (at + 0.5) / len(members)

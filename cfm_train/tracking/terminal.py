@@ -1,0 +1,146 @@
+"""What a run prints at its end: the brick × task matrix and a summary; plain text into a pipe."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import IO, Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from cfm_train.evaluation.metrics import LOWER_IS_BETTER
+from cfm_train.tracking.view import matrix_view
+
+_WIDTH = 200  # where nobody looks on: a pipe or a file
+_SECTIONS = {"brick": "", "merged": "", "ceiling": "upper bound", "floor": "lower bound"}
+
+
+def print_matrix(cells: Sequence[Mapping[str, Any]], *, file: IO[str] | None = None) -> None:
+    """Prints the brick × task matrix; the best of each column is bold, intervals are dim.
+
+    Args:
+        cells: cells as in the record's ``matrix``.
+        file: where to; standard output by default. Where it is no terminal: plain text, the best
+            of each column marked with ``*``.
+    """
+    if cells:
+        console = _console(file)
+        console.print(matrix_table(cells, plain=not console.is_terminal))
+
+
+def matrix_table(cells: Sequence[Mapping[str, Any]], *, plain: bool = False) -> Table:
+    """The matrix as a rich table."""
+    matrix = matrix_view([{"matrix": cells, "seed": 0, "config_hash": ""}])
+    table = _table(plain)
+    table.add_column("")
+    for task in matrix["tasks"]:
+        table.add_column(f"{task['task']}\n{task['metric'].replace('_', ' ')}", justify="right")
+    rivals = sum(row["role"] in ("brick", "merged") for row in matrix["rows"])
+    role = None
+    for number, row in enumerate(matrix["rows"]):
+        if role is not None and row["role"] != role:
+            table.add_section()
+        role = row["role"]
+        name = Text(row["label"])
+        if _SECTIONS[role]:
+            name.append(f" ({_SECTIONS[role]})", "dim")
+        texts = []
+        for task, cell, best in zip(matrix["tasks"], row["cells"], matrix["best"], strict=True):
+            wins = best == number and rivals > 1
+            texts.append(_cell(cell, task["metric"], wins=wins, plain=plain))
+        table.add_row(name, *texts)
+    return table
+
+
+def print_run(record: Mapping[str, Any], *, file: IO[str] | None = None) -> None:
+    """Prints what a run came to: its figures, what it cost, and its checks.
+
+    Args:
+        record: a valid record.
+        file: where to; standard output by default.
+    """
+    console = _console(file)
+    body = Group(*_summary(record, plain=not console.is_terminal))
+    title = f"{record['name']} · {record['recipe']} · seed {record['seed']} · {record['status']}"
+    if console.is_terminal:
+        colour = "green" if record["status"] == "done" else "red"
+        console.print(Panel(body, title=Text(title), title_align="left", border_style=colour))
+    else:
+        console.print(Text(title))
+        console.print(body)
+
+
+def score_text(value: float, metric: str) -> str:
+    """A score times 100 with one decimal; a loss, perplexity or error with four digits as it is."""
+    return f"{value:.4g}" if metric in LOWER_IS_BETTER else f"{100 * value:.1f}"
+
+
+def _summary(record: Mapping[str, Any], *, plain: bool) -> list[Any]:
+    parts: list[Any] = []
+    if record.get("error"):
+        parts.append(Text(str(record["error"]), "red"))
+    if record["metrics"]:
+        figures = _table(plain)
+        for column in ("", "", "95 % interval", "n"):
+            figures.add_column(column, justify="right" if column != "" else "left")
+        for key, figure in record["metrics"].items():
+            metric = key.rsplit("/", 1)[-1]
+            interval = _interval(figure, metric)
+            value = Text(score_text(figure["value"], metric), "bold")
+            figures.add_row(key, value, Text(interval, "dim"), Text(str(figure["n"]), "dim"))
+        parts.append(figures)
+    if cost := cost_text(record["cost"]):
+        parts.append(Text(cost))
+    broken = [name for name, check in record["checks"].items() if not check["passed"]]
+    if broken:
+        parts.append(Text(f"checks failed: {', '.join(broken)}", "bold red"))
+    elif record["checks"]:
+        parts.append(Text(f"checks passed: {', '.join(record['checks'])}", "green"))
+    if brick := record["brick"]:
+        parts.append(Text(f"brick {brick['name']}@{brick['version']} in {brick['path']}"))
+    return parts
+
+
+def cost_text(cost: Mapping[str, Any]) -> str:
+    """The figures of a record's cost that are there, in one line."""
+    parts = []
+    if cost["trainable_parameters"] is not None:
+        parts.append(f"{cost['trainable_parameters']:,} trained parameters")
+    if cost["train_seconds"] is not None:
+        parts.append(f"{cost['train_seconds']:.1f} s of training")
+    parts.append(f"{cost['seconds']:.1f} s in all")
+    if cost["samples_per_second"] is not None:
+        parts.append(f"{cost['samples_per_second']:.0f} samples/s")
+    if cost["flop_share"] is not None:
+        parts.append(f"{cost['flop_share']:.0%} of the 4N FLOP limit")
+    if cost["peak_memory_bytes"] is not None:
+        parts.append(f"{cost['peak_memory_bytes'] / 2**30:.1f} GiB at most")
+    return ", ".join(parts)
+
+
+def _cell(cell: Mapping[str, Any] | None, metric: str, *, wins: bool, plain: bool) -> Text:
+    if cell is None:
+        return Text("·", "dim")
+    mark = "*" if wins and plain else ""
+    text = Text(mark + score_text(cell["value"], metric), "bold" if wins else "")
+    return text.append(f"  {_interval(cell, metric)}", "dim not bold")
+
+
+def _interval(figure: Mapping[str, Any], metric: str) -> str:
+    return f"{score_text(figure['low'], metric)}–{score_text(figure['high'], metric)}"
+
+
+def _table(plain: bool) -> Table:
+    return Table(
+        box=None if plain else box.SIMPLE_HEAD, pad_edge=False, header_style="bold", show_edge=False
+    )
+
+
+def _console(file: IO[str] | None) -> Console:
+    """A console as wide as the terminal, or wide enough for every column elsewhere."""
+    file = file or sys.stdout
+    return Console(file=file, width=None if file.isatty() else _WIDTH, highlight=False)
