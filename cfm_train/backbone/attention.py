@@ -5,8 +5,9 @@ its SDPA with one step before it: where a brick put keys and values into the sit
 set in front of the layer's own, for the rows that carry the brick. The cache of generation never
 holds them, so unplugging leaves nothing behind, and every architecture gets the port the same way.
 
-Where attention has a relative bias (T5), the extra keys get the bias of tokens that lie right before
-the sequence, as if they stood in the cache. A weight w other than 0 and 1 adds log w to their scores.
+Where attention has a relative bias (T5), the extra keys get the bias of tokens that lie right
+before the sequence, as if they stood in the cache. A weight w other than 0 and 1 adds log w to
+their scores.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from cfm_train.backbone.short_attention import is_worth_it, short_attention
 from cfm_train.backbone.sites import AttentionSite
 from cfm_train.backbone.virtual import Source, VirtualTokens, Weight, group, read
 from cfm_train.errors import UserError
 
 if TYPE_CHECKING:
-    from cfm_train.backbone.prompts import Stack
+    from cfm_train.backbone.stacks import Stack
 
 NAME = "cfm_sdpa"
 
@@ -186,6 +188,18 @@ def cfm_sdpa(
             kwargs["position_bias"] = slot.bias(module, bias, query.shape[0])
         key, value, attention_mask = slot.extend(query, key, value, attention_mask, causal)
         kwargs["is_causal"] = False
+    if is_worth_it(query, key, value, kwargs.get("dropout", 0.0)) and not kwargs.get("softcap"):
+        short = short_attention(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=kwargs.get("scaling"),
+            is_causal=kwargs.get("is_causal"),
+            position_bias=kwargs.get("position_bias"),
+        )
+        return short, None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 

@@ -4,10 +4,10 @@ Each tensor is read as 32-bit words ``x_i``. Over blocks of ``N`` words
 
     s = Σ_i x_i · w_i  (mod 2^64),    w_i = (r_i << 32) | (2 i + 1),   r_i random, fixed
 
-and the SHA-256 of all ``s`` with names, dtypes and shapes is the checksum. What is certain, not just
-likely: a change inside one word alters ``s``, because ``w_i`` is odd; so do two words that change
-places, because ``x_i - x_j`` has at most 31 factors of 2 and ``w_i - w_j`` at most 16 in a block of
-2^16 words, together less than 64. Larger changes go unseen with a chance of about 2^-60.
+and the SHA-256 of all ``s`` with names, dtypes and shapes is the checksum. What is certain, not
+just likely: a change inside one word alters ``s``, because ``w_i`` is odd; so do two words that
+change places, because ``x_i - x_j`` has at most 31 factors of 2 and ``w_i - w_j`` at most 16 in a
+block of 2^16 words, together less than 64. Larger changes go unseen with a chance of about 2^-60.
 """
 
 from __future__ import annotations

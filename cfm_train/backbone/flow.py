@@ -70,7 +70,8 @@ def spread(labels: Tensor, tensor: Tensor, old: Tensor | None) -> Tensor:
     if old is None:
         count = tensor.untyped_storage().nbytes() // tensor.element_size()
         if tensor.numel() == count and tensor.is_contiguous():
-            return labels.reshape(-1)
+            # A storage of its own: views of it are made by offset.
+            return labels.expand(tensor.shape).clone(memory_format=torch.contiguous_format).view(-1)
         flat = torch.full((count,), -1, dtype=torch.int32, device="cpu")
     else:
         flat = old.clone()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cfm_train.backbone.checksum import checksum
 from cfm_train.backbone.fingerprint import fingerprint
-from cfm_train.backbone.sites import SiteMap, find_sites
+from cfm_train.backbone.sites import AttentionSite, SiteMap, find_sites
 from cfm_train.backbone.spec import ResolvedBackbone
 from cfm_train.backbone.trace import quiet
 from cfm_train.errors import UserError
@@ -183,7 +183,8 @@ def load_backbone(
     auto, family = _auto_class(config)
     model = _model(resolved, config, auto, weights_dtype)
     sites = find_sites(model)
-    model.set_attn_implementation(NAME)
+    if any(isinstance(site, AttentionSite) and site.kv for site in sites.values()):
+        model.set_attn_implementation(NAME)
     nn.Module.to(model, torch.device(device))
     return Backbone(
         model,

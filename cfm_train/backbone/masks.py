@@ -1,10 +1,10 @@
 """Attention masks that grow by virtual tokens in front, in every form that transformers hands on.
 
-    None                           every token sees every token, or every one before it
-    [batch, tokens]                1 for a real token, 0 for padding
-    [batch, heads, q, k]           boolean (True = sees) or additive, as generation makes them for a
-                                   cache of fixed size
-    {kind of layer: mask}          one for each kind of attention
+None                           every token sees every token, or every one before it
+[batch, tokens]                1 for a real token, 0 for padding
+[batch, heads, q, k]           boolean (True = sees) or additive, as generation makes them for a
+                               cache of fixed size
+{kind of layer: mask}          one for each kind of attention
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def with_virtual(
     Args:
         mask: the mask over the real tokens.
         seen: ``[batch, p]`` bool: virtual tokens, False where a row has a hole.
-        inserted: whether the virtual tokens are in this pass (else they lie in a cache or in another
-            stack, and only keys grow).
+        inserted: whether the virtual tokens are in this pass; else they lie in a cache or in
+            another stack, and only keys grow.
         real: how many real tokens can be seen, those in the cache included.
         causal: whether tokens see only what is before them.
         packed: ``position_ids`` that begin anew where several texts share a row without a mask.
@@ -71,7 +71,7 @@ def texts_apart(position_ids: Tensor) -> Tensor | None:
 
 
 def _four_dimensions(mask: Tensor, seen: Tensor, inserted: bool, causal: bool) -> Tensor:
-    """Columns for the virtual keys, and rows for the virtual queries where they are in this pass."""
+    """Columns for the virtual keys, and rows for virtual queries where they are in this pass."""
     batch, p = seen.shape
     mask = mask.expand(batch, -1, -1, -1)
     heads, queries, keys = mask.shape[1:]

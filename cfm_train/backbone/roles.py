@@ -157,6 +157,7 @@ class _Assigner:
                     kv_heads=seen.kv_heads,
                     head_dim=seen.head_dim,
                     value_dim=block.result.value_dim,
+                    kv=seen.module in self.trace.ports and self.trace.model._supports_sdpa,
                 )
             )
             self._parts(name, {"q": seen.query, "k": seen.key, "v": block.result.value})
@@ -180,8 +181,8 @@ class _Assigner:
             self._module(f"{layer}.ffn.experts", module, "experts")
             for role in ("gate", "up", "down"):
                 self.absent[f"{layer}.ffn.{role}"] = (
-                    f"The experts of '{layer}' share three-dimensional weights in '{module}', which "
-                    "have no sites of their own: use attn.* or ffn.experts."
+                    f"The experts of '{layer}' share three-dimensional weights in '{module}', "
+                    "which have no sites of their own: use attn.* or ffn.experts."
                 )
         if len(downs) > 1:
             for role in ("gate", "up", "down"):

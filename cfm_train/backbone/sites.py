@@ -73,12 +73,14 @@ class AttentionSite(Site):
         kv_heads: number of key and value heads.
         head_dim: width of one query or key head.
         value_dim: width of one value head; differs from ``head_dim`` in latent attention only.
+        kv: whether the port is open: some architectures compute attention in a way of their own.
     """
 
     heads: int = 0
     kv_heads: int = 0
     head_dim: int = 0
     value_dim: int = 0
+    kv: bool = False
 
 
 class SiteMap(Mapping[str, Site]):

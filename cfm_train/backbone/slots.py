@@ -96,10 +96,10 @@ class In:
 class KV:
     """Extra keys and values ``[tokens, kv_heads, head_dim]`` that an attention site sees first.
 
-    Tensors, or functions that compute them anew in each pass. ``shift`` tells whether real tokens move
-    up by that many positions, as if the extra ones stood before them in the cache (what PEFT does; it
-    matters for rotary and learned positions, and never for a ``cross`` site). A relative position
-    bias takes the extra ones for tokens right before the sequence.
+    Tensors, or functions that compute them anew in each pass. ``shift`` tells whether real tokens
+    move up by that many positions, as if the extra ones stood before them in the cache (what PEFT
+    does; it matters for rotary and learned positions, and never for a ``cross`` site). A relative
+    position bias takes the extra ones for tokens right before the sequence.
     """
 
     site: str
@@ -243,11 +243,11 @@ class Slots:
 
     @contextmanager
     def recording(self, sites: Iterable[str]) -> Iterator[Recorded]:
-        """Notes the keys and values that attention sites compute, before anything plugged joins them.
+        """Notes the keys and values that attention sites compute themselves.
 
         Yields:
             site name -> keys and values ``[batch, kv_heads, tokens, head_dim]`` of the last pass, in
-            the backbone's dtype; filled while the block runs.
+            the backbone's dtype and as attention sees them (rotated); filled while the block runs.
         """
         noted: Recorded = {}
         slots = [self._kv_slot(self.sites[name]) for name in sites]

@@ -1,7 +1,7 @@
 """The record of one tiny forward pass on the meta device: which products feed which.
 
-No tensor holds a value there, but every storage, view and operation is real. `watcher.py` follows the
-data; here stands what it writes down, and how the model is run.
+No tensor holds a value there, but every storage, view and operation is real. `watcher.py` follows
+the data; here stands what it writes down, and how the model is run.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
 from cfm_train.backbone.ranges import Ranges
 from cfm_train.errors import UserError
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _TOKENS = 3
+_ATTENTION = "cfm_trace"
+_PORT = "_cfm_port"
 _ID_KEYS = ("input_ids", "decoder_input_ids")
 
 
@@ -103,6 +106,7 @@ class Trace:
         products, scores, results: see there.
         norms: paths of normalising modules and their widths.
         embeddings: paths of modules that token ids were looked up in, with the ids' bits.
+        ports: paths of modules that call transformers' attention function.
         experts: paths of modules with products over three-dimensional weights.
         ran: paths of all modules that ran, numbered.
         head: labels of the logits.
@@ -114,6 +118,7 @@ class Trace:
     results: list[Result] = field(default_factory=list)
     norms: dict[str, int] = field(default_factory=dict)
     embeddings: dict[str, int] = field(default_factory=dict)
+    ports: set[str] = field(default_factory=set)
     experts: list[str] = field(default_factory=list)
     ran: dict[str, int] = field(default_factory=dict)
     head: Ranges = ()
@@ -144,6 +149,7 @@ def trace(model: PreTrainedModel) -> Trace:
                 with watcher:
                     output = record.model(**inputs)
                 watcher.finish(getattr(output, "logits", None))
+            record.ports = {path for path, m in record.model.named_modules() if hasattr(m, _PORT)}
     except Exception as error:
         # A model may raise anything where it meets a tensor without values.
         reason = (str(error).splitlines() or [""])[0][:120]
@@ -171,15 +177,42 @@ def quiet() -> Iterator[None]:
 
 
 def _twin(model: PreTrainedModel) -> PreTrainedModel:
-    from transformers import initialization
+    """The same model on the meta device, with attention made of plain products."""
+    from transformers import AttentionInterface, AttentionMaskInterface, initialization
+    from transformers.masking_utils import eager_mask
 
+    AttentionInterface.register(_ATTENTION, _attention)
+    AttentionMaskInterface.register(_ATTENTION, eager_mask)
     config = copy.deepcopy(model.config)
-    # Eager attention is made of plain products; batched experts of shapes that need no values.
-    config._attn_implementation = "eager"
-    config._experts_implementation = "batched_mm"
+    config._experts_implementation = "batched_mm"  # of shapes that do not depend on values
     # Nothing is initialised, nor tied: every module then owns its weight.
     with torch.device("meta"), initialization.no_init_weights():
-        return type(model)(config).eval()
+        try:
+            config._attn_implementation = _ATTENTION
+            return type(model)(config).eval()
+        except (KeyError, ValueError):  # models that bring attention classes of their own
+            config._attn_implementation = "eager"
+            return type(model)(config).eval()
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Attention without mask, bias and scale, which have no part in where data flows.
+
+    Args:
+        module: the attention module; marked as one that calls this function.
+        query: ``[batch, heads, tokens, head_dim]``.
+        key, value: ``[batch, kv_heads, tokens, head_dim]``.
+
+    Returns:
+        ``[batch, tokens, heads, value_dim]``, and no probabilities.
+    """
+    object.__setattr__(module, _PORT, True)
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    probabilities = (query @ key.transpose(2, 3)).softmax(dim=-1)
+    return (probabilities @ value).transpose(1, 2).contiguous(), None
 
 
 def _inputs(model: PreTrainedModel) -> dict[str, Any]:

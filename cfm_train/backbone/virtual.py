@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cfm_train.errors import UserError
 
-#: A brick's share in a plan: every row (None), a number, or a tensor ``[batch]`` or ``[batch, seq]``.
+#: A brick's share in a plan: all of it (None), a number, a tensor ``[batch]`` or ``[batch, seq]``.
 Weight = float | Tensor | None
 
 #: A tensor, or what computes it; called in each forward pass, so that gradients reach its inputs.
@@ -99,8 +99,8 @@ def group(sources: tuple[Source, ...], weight: Weight) -> Group | None:
 def _refuse_negative(negative: bool) -> None:
     if negative:
         raise UserError(
-            "A brick of virtual tokens has a weight below zero: it can be left out (0), there (1), or, "
-            "for keys and values, seen more or less; use 0 or more."
+            "A brick of virtual tokens has a weight below zero: use 0 to leave it out, 1 to have it "
+            "there, and for keys and values other numbers to have them seen more or less."
         )
 
 
@@ -180,8 +180,8 @@ class VirtualTokens:
             weight = spread(weight.to(device, torch.float32), batch if len(weight) > 1 else 1)
             if weight.ndim == 2 and weight.shape[1] != queries:
                 raise UserError(
-                    f"The plan has weights for {weight.shape[1]} tokens, but the pass has {queries}: "
-                    "token weights go with one pass over whole sequences, row weights with any."
+                    f"The plan has weights for {weight.shape[1]} tokens, but the pass has {queries}"
+                    ": token weights go with one pass over whole sequences, row weights with any."
                 )
             weight = weight[:, None] if weight.ndim == 1 else weight  # [batch or 1, 1 or queries]
             smallest = torch.finfo(weight.dtype)

@@ -3,10 +3,10 @@
     labels(product with a weight) = first label of the module + column
     labels(view of t)             = the same view of labels(t)
     labels(cat, index, … of t)    = the same operation on labels(t)
-    labels(f(t)), elementwise     = labels(t); kept apart as *active* once f is an activation function
+    labels(f(t)), elementwise     = labels(t); kept apart as *active* behind an activation function
 
-A product with a weight starts anew, so a flow reaches from one linear map to the next, and the rows of
-a fused projection that reach the queries are read off after any mix of splits, transposes and
+A product with a weight starts anew, so a flow reaches from one linear map to the next, and the rows
+of a fused projection that reach the queries are read off after any mix of splits, transposes and
 rotations. A product of two labelled tensors that feeds a softmax is attention.
 """
 
@@ -26,19 +26,22 @@ from cfm_train.backbone.flow import Flow, first, joined, key_of, run_on_labels, 
 from cfm_train.backbone.ranges import Ranges, ranges_of, size
 from cfm_train.backbone.trace import Product, Result, Scores, Trace
 
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 #: Operations that move elements and leave them as they are.
-_LAYOUT = frozenset(
-    "cat stack index index_select repeat repeat_interleave constant_pad_nd roll flip".split()
-)
-_COPY = frozenset("clone _to_copy copy_".split())
+_LAYOUT = _names("cat stack index index_select repeat constant_pad_nd roll flip")
+_COPY = _names("clone _to_copy copy_")
 #: Nonlinear functions of one element that feed-forward layers are built from.
-_ACTIVATION = frozenset(
+_ACTIVATION = _names(
     "gelu silu relu relu_ relu6 leaky_relu elu celu selu tanh sigmoid erf softplus hardtanh "
-    "hardswish hardsigmoid mish threshold expm1 clamp_min log_sigmoid_forward".split()
+    "hardswish hardsigmoid mish threshold expm1 clamp_min log_sigmoid_forward"
 )
-_NORM = frozenset("native_layer_norm _fused_rms_norm rsqrt sqrt linalg_vector_norm".split())
+_NORM = _names("native_layer_norm _fused_rms_norm rsqrt sqrt linalg_vector_norm")
 #: Operations whose elements depend on many others: what follows is no single feature any more.
-_OPAQUE = frozenset("convolution cumsum sort topk gather scatter".split())
+_OPAQUE = _names("convolution cumsum sort topk gather scatter")
 
 
 class ListIndices(TorchFunctionMode):
@@ -172,17 +175,10 @@ class Watcher(TorchDispatchMode):
             total = Flow(attention=frozenset({number}), inputs=total.inputs)
         elif (query := self._sources(left)) and (key := self._sources(right)):
             width = left.shape[-1]
+            heads, kv_heads = max(size(query) // width, 1), self._heads(right)
+            where = self._stack[-1]
             self.record.scores.append(
-                Scores(
-                    self._stack[-1],
-                    query,
-                    key,
-                    a.inputs,
-                    b.inputs,
-                    heads=max(size(query) // width, 1),
-                    kv_heads=self._heads(right),
-                    head_dim=width,
-                )  # fmt: skip
+                Scores(where, query, key, a.inputs, b.inputs, heads, kv_heads, width)
             )
             total.scores |= {len(self.record.scores) - 1}
         self._put(output, total)

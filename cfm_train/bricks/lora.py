@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from cfm_train.backbone.sites import Site
 from cfm_train.bricks.bank import LowRank, bias_of, row_norms
 from cfm_train.bricks.brick import Brick, linear_sites, parameter_name
-from cfm_train.bricks.peft_names import TASK_TYPES
+from cfm_train.bricks.peft_modules import TASK_TYPES, overlap
 from cfm_train.config.types import Positive, Rate, Share
 from cfm_train.errors import UserError
 
@@ -173,7 +173,7 @@ class LoRA(Brick):
         if not self.hyper["dora"] and self.hyper["bias"] != "lora_only":
             return
         for other in self.built_for.values():
-            if other.module == site.module and other is not site and _overlap(other, site):
+            if other is not site and overlap(other, site):
                 raise UserError(
                     f"The sites '{other.name}' and '{site.name}' share output rows of one module, "
                     "which DoRA and bias=lora_only would set twice: choose one of them."
@@ -216,10 +216,3 @@ class LoRA(Brick):
         from cfm_train.bricks.lora_reading import from_peft
 
         return from_peft(cls, interface, files, backbone)
-
-
-def _overlap(one: Site, other: Site) -> bool:
-    """Whether two sites of one module share an output row."""
-    if one.rows is None or other.rows is None:
-        return True
-    return any(a < d and c < b for a, b in one.rows for c, d in other.rows)

@@ -18,13 +18,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from cfm_train.backbone.slots import row_index
 from cfm_train.bricks.brick import json_bytes, parameter_name
-from cfm_train.bricks.peft_names import PREFIX
+from cfm_train.bricks.peft_modules import PREFIX, rows_in
 from cfm_train.library.peft_format import CONFIG_FILE, TENSOR_FILE
 
 if TYPE_CHECKING:
-    from cfm_train.backbone.sites import Site
     from cfm_train.bricks.lora import LoRA
 
 
@@ -173,8 +171,3 @@ def _adapter(brick: LoRA, names: list[str]) -> _Adapter:
 
 def _clone(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.detach().cpu().clone()
-
-
-def rows_in(site: Site, width: int) -> Tensor:
-    """The rows of a module's output ``[width]`` that are a site, int64 on the processor."""
-    return torch.arange(width) if site.rows is None else row_index(site, torch.device("cpu"))

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from safetensors.torch import load
 from torch import Tensor
 
-from cfm_train.bricks.lora_files import rows_in
-from cfm_train.bricks.peft_names import TASK_TYPES, find_site, pattern_value
+from cfm_train.bricks.peft_modules import TASK_TYPES, find_site, pattern_value, rows_in
 from cfm_train.errors import UserError
 from cfm_train.library.peft_format import CONFIG_FILE, TENSOR_FILE, aside_tensors, check_lora
 

@@ -216,7 +216,7 @@ class _Reader:
 
     def _refuse(self, at: int, what: str) -> NoReturn:
         found = _TOKEN.match(self.text, at)
-        shown = found[0] if found else self.text[at : at + 1]
+        shown = (found[0] if found else self.text[at : at + 1])[:40]
         before, after = self.text[:at][-40:], self.text[at + len(shown) :][:40]
         end = "" if what.endswith((".", "?")) else "."
         raise UserError(

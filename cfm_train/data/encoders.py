@@ -151,14 +151,17 @@ def encode_token(
 def encode_causal(
     rows: list[Row], spec: TaskSpec, tokenizer: Any, settings: Settings
 ) -> tuple[Arrays, int]:
-    """Documents, each closed by the end-of-text token, alone in their rows or packed into blocks.
+    """Documents, each closed by the end-of-text token, alone in a row or packed into blocks.
 
-    A document longer than a row goes on in the next piece, which repeats its last token as context,
-    so that every token but a document's first is predicted exactly once. In a block every piece has
+    A document longer than a row goes on in the next piece, repeating its last token for context, so
+    that every token but a document's first is predicted exactly once. In a block every piece has
     ``position_ids`` from 0 and predicts nothing across its border; a model that is given them
     without a mask keeps the pieces apart in attention too.
-    ``block_rows`` (``block_offsets`` [blocks + 1]) says which documents a block holds.
+    ``block_rows`` (``block_offsets`` [blocks + 1]) says which documents a block holds. Rows to
+    continue are never packed: the last tokens that fit, ``answer_starts`` as for ``instruct``.
     """
+    if rows[0].get("prompt"):
+        return _prompts([row["text"][0] for row in rows], tokenizer, settings)
     end = tokenizer.eos_token_id
     pieces: list[list[int]] = []
     owners: list[int] = []
@@ -190,6 +193,18 @@ def encode_causal(
         positions = np.arange(len(arrays["input_ids"])) - np.repeat(starts[:-1], lengths)
         arrays["position_ids"] = positions.astype(np.int32)
     return arrays, 0
+
+
+def _prompts(texts: list[str], tokenizer: Any, settings: Settings) -> tuple[Arrays, int]:
+    """Texts to continue: no end-of-text token, cut at their beginnings."""
+    whole = [tokenizer(text, truncation=False, verbose=False)["input_ids"] for text in texts]
+    end = tokenizer.eos_token_id
+    # Some tokenizers close every text; nothing would follow a closed one.
+    whole = [ids[:-1] if len(ids) > 1 and ids[-1] == end else ids for ids in whole]
+    ids, offsets = flat([ids[-settings.max_length :] for ids in whole])
+    cut = sum(len(ids) > settings.max_length for ids in whole)
+    starts = np.diff(offsets).astype(np.int32)
+    return {"input_ids": ids, "offsets": offsets, "answer_starts": starts}, cut
 
 
 def encode_instruct(

@@ -107,9 +107,10 @@ class LabelTable:
                 "use one of the two, or list the names in data.labels."
             )
         if len(distinct) < 2:
+            only = min(distinct, default=None)
             raise UserError(
-                f"data.label: every training row has the same label {min(distinct, default=None)!r}, "
-                "a task needs at least two (or list them all in data.labels)."
+                f"data.label: every training row has the same label {only!r}; a task needs at "
+                "least two (or list them all in data.labels)."
             )
         ordered = sorted(distinct)
         return cls([str(value) for value in ordered], ordered, None, "the labels found in train")

@@ -4,7 +4,7 @@ A finished row is a plain dict: ``_at`` ("file:line") and, by task type,
 
     classification, multilabel, regression   text: [str] or [str, str]                 label
     token          text: [str], tokens: [str], words: [[start, end]]                   label: [tag]
-    causal         text: [str]
+    causal         text: [str]; prompt: True where the text is to be continued
     instruct       messages: [{"role", "content"}], the last one the answer
     seq2seq        text: [str]                                                         target: str
 
@@ -131,8 +131,8 @@ def token(cells: Cells, answers: bool) -> Row:
 
 
 def causal(cells: Cells, answers: bool) -> Row:
-    """One document."""
-    return {"text": cells.texts("text")}
+    """One document, or the beginning of one that is to be continued."""
+    return {"text": cells.texts("text"), **({} if answers else {"prompt": True})}
 
 
 def instruct(cells: Cells, answers: bool) -> Row:

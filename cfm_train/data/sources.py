@@ -105,18 +105,18 @@ def check(section: Mapping[str, Any]) -> Checked:
     )
 
 
-def check_all(section: Mapping[str, Any]) -> list[Checked]:
-    """The checked task of a section, or all of them where it lists several (``data.tasks``).
+def task_sections(section: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The section itself, or one for each task where it lists several (``data.tasks``).
 
     Args:
         section: a data section; of one that lists tasks, ``root`` and ``limit`` (where set) and the
             keys in ``SHARED`` hold for every task.
 
     Raises:
-        UserError: as ``check``; also for an unknown task, or one that is listed twice.
+        UserError: an unknown task, or one that is listed twice.
     """
     if not section["tasks"]:
-        return [check(section)]
+        return [dict(section)]
     from cfm_train.config.compose import option  # Hydra: only where a list of tasks needs it
 
     names = list(section["tasks"])
@@ -125,7 +125,16 @@ def check_all(section: Mapping[str, Any]) -> list[Checked]:
         raise UserError(f"data.tasks: '{min(twice)}' is listed twice; name each task once.")
     shared = {key: section[key] for key in SHARED}
     shared.update({key: section[key] for key in ("root", "limit") if section[key] is not None})
-    return [check(option("data", name, **shared)) for name in names]
+    return [option("data", name, **shared) for name in names]
+
+
+def check_all(section: Mapping[str, Any]) -> list[Checked]:
+    """The checked task of a section, or all of them where it lists several.
+
+    Raises:
+        UserError: as ``task_sections`` and ``check``.
+    """
+    return [check(each) for each in task_sections(section)]
 
 
 def read_inputs(path: str, section: Mapping[str, Any]) -> list[Row]:

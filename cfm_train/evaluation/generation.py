@@ -10,7 +10,6 @@ from cfm_train.backbone.load import Backbone
 from cfm_train.data.encode import Encoded
 from cfm_train.data.tasks import TaskSpec
 from cfm_train.errors import UserError
-from cfm_train.training.objectives import IGNORED
 
 #: Rows generated together.
 ROWS = 16
@@ -45,7 +44,7 @@ def answer_texts(
             where = slice(width - len(prompt), width) if left else slice(0, len(prompt))
             ids[i, where] = torch.tensor(prompt)
             mask[i, where] = 1
-        longest = max(len(target) for _, target in part)
+        longest = max(len(target) for _, target in part) or limit
         written = backbone.model.generate(
             input_ids=ids.to(backbone.device),
             attention_mask=mask.to(backbone.device),
@@ -65,12 +64,11 @@ def _prompt_and_target(spec: TaskSpec, encoded: Encoded, row: int) -> tuple[list
     """Token ids that the model is given, and those that it should write."""
     ids = encoded.slice("input_ids", row).tolist()
     if spec.type == "seq2seq":
-        return ids, encoded.slice("target_ids", row).tolist()
-    if spec.type == "instruct":
-        labels = encoded.slice("token_labels", row).tolist()
-        first = next((i for i, label in enumerate(labels) if label != IGNORED), len(labels))
-        end = next((i for i in range(first, len(labels)) if labels[i] == IGNORED), len(labels))
-        return ids[:first], ids[first:end]
+        known = "target_ids" in encoded.arrays
+        return ids, encoded.slice("target_ids", row).tolist() if known else []
+    if "answer_starts" in encoded.arrays:  # the last answer of a conversation, or a bare prompt
+        start = int(encoded.arrays["answer_starts"][row])
+        return ids[:start], ids[start:]
     if spec.type == "causal":
         half = max(1, len(ids) // 2)
         return ids[:half], ids[half:]

@@ -28,8 +28,8 @@ def head_answers(
 
     Returns:
         For each row ``prediction`` (a label, a list of labels, a number, or one tag for each
-        token), and ``probabilities`` by label where the task has one answer or several out of a
-        list.
+        word, null where the row was cut before it), and ``probabilities`` by label where the task
+        has one answer or several out of a list.
     """
     head = brick.heads[spec.name]
     labels = list(spec.labels or ())
@@ -44,10 +44,9 @@ def head_answers(
         logits = head(hidden, mask).cpu()
         for i, row in enumerate(batch["index"].tolist()):
             if spec.type == "token":
-                kept = batch["labels"][i] != -100
-                answers[row] = {
-                    "prediction": [labels[t] for t in logits[i][kept].argmax(-1).tolist()]
-                }
+                tags = logits[i].argmax(-1).tolist()
+                firsts = encoded.slice("first_tokens", row).tolist()
+                answers[row] = {"prediction": [labels[tags[f]] if f >= 0 else None for f in firsts]}
             elif spec.type == "regression":
                 answers[row] = {"prediction": round(logits[i, 0].item(), 6)}
             else:

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from cfm_train.config import sentences, source
 from cfm_train.config.compose import hydra_session, plain
+from cfm_train.config.quoting import encode
 from cfm_train.config.validate import validate
 
 if TYPE_CHECKING:
@@ -48,10 +49,16 @@ def launch(runs: Sequence[Planned], folder: Path) -> None:
         launcher = Plugins.instance().instantiate_launcher(
             hydra_context=context, task_function=run_one, config=config
         )
-        jobs = [[o for o in run.overrides if not o.startswith("hydra")] for run in runs]
+        jobs = [_job(run) for run in runs]
     results = launcher.launch(jobs, initial_job_idx=0)
     for run, result in zip(runs, results, strict=True):
         run.status, run.error = _read(result)
+
+
+def _job(run: Planned) -> list[str]:
+    """A run's overrides without Hydra's own, and the group that it stands in with the others."""
+    ours = [one for one in run.overrides if not one.startswith(("hydra.", "hydra/"))]
+    return [*ours, f"++tracking.group={encode(run.config['tracking']['group'])}"]
 
 
 def _read(result: JobReturn) -> tuple[str, str | None]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cfm_train.config.compose import compose_prepared, expand
-from cfm_train.config.quoting import decode, encode
+from cfm_train.config.quoting import decode
 from cfm_train.config.validate import validate
 from cfm_train.errors import UserError
 from cfm_train.launch.job import RunFailed, checked
@@ -111,7 +111,6 @@ def plan(jobs: Sequence[Sequence[str]]) -> list[Planned]:
     for run in runs:  # the runs of a sweep stand together in W&B
         if run.config["tracking"]["group"] is None:
             run.config["tracking"]["group"] = group
-            run.overrides.append(f"++tracking.group={encode(group)}")
     return runs
 
 

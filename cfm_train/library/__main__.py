@@ -27,9 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, or 2 after one sentence on standard error.
     """
     options = _parser().parse_args(arguments)
+    problems: list[str] = []
     try:
         root = options.library or os.environ.get("CFM_LIBRARY") or "outputs/library"
         problems = options.run(Library(root), options) or []
+        sys.stdout.flush()
     except UserError as error:
         problems = [str(error)]
     except BrokenPipeError:  # `… | head` has seen enough

@@ -12,8 +12,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from cfm_train.backbone.load import Backbone
+from cfm_train.bricks.bank import bias_of
 from cfm_train.bricks.brick import Brick, parameter_name
 from cfm_train.bricks.lora import LoRA
 from cfm_train.errors import UserError
@@ -55,22 +57,43 @@ def _low_rank(bricks: list[LoRA], weights: Sequence[float], backbone: Backbone) 
     sites = [name for name in backbone.sites if any(name in brick.scales for brick in bricks)]
     rank = sum(brick.hyper["rank"] for brick in bricks)
     merged = LoRA(
-        rank=rank, alpha=rank, dropout=0.0, sites=sites, layers=None, rslora=False, dora=False
+        rank=rank,
+        alpha=rank,
+        dropout=0.0,
+        sites=sites,
+        layers=None,
+        rslora=False,
+        dora=False,
+        bias="lora_bias" if any(len(brick.bias) for brick in bricks) else "none",
     )
-    merged.know(backbone)
+    merged.task_type = bricks[0].task_type
     for name in sites:
+        site = backbone.sites[name]
         key = parameter_name(name)
         parents = [(b, w) for b, w in zip(bricks, weights, strict=True) if name in b.scales]
         A = torch.cat([b.lora_A[key].detach() for b, _ in parents])
         B = torch.cat([b.lora_B[key].detach() * (w * b.scales[name]) for b, w in parents], dim=1)
-        biased = [(b, w) for b, w in parents if key in b.bias]
         bias = None
-        if biased:
-            bias = torch.stack(
-                [b.bias[key].detach() * (w * b.scales[name]) for b, w in biased]
-            ).sum(0)
-        merged.add_site(backbone.sites[name], A, B, A.shape[0], None, bias)
+        if merged.hyper["bias"] == "lora_bias":
+            bias = torch.zeros(site.out_features, device=B.device)
+            for brick, weight in parents:
+                bias = bias + weight * _added_bias(brick, name, backbone)
+        merged.add_site(site, A, B, A.shape[0], None, bias)
+        merged.know(backbone, site)
     return merged
+
+
+def _added_bias(brick: LoRA, name: str, backbone: Backbone) -> Tensor | float:
+    """What a brick adds to a site's output whatever the input is, ``[out_features]``."""
+    key = parameter_name(name)
+    if key not in brick.bias:
+        return 0.0
+    bias = brick.bias[key].detach()
+    if brick.hyper["bias"] == "lora_bias":
+        return brick.scales[name] * bias
+    site = backbone.sites[name]
+    own = bias_of(backbone.model.get_submodule(site.module), site)
+    return bias if own is None else bias - own.to(bias.dtype)
 
 
 def _parameters(bricks: Sequence[Brick], weights: Sequence[float], backbone: Backbone) -> Brick:

@@ -89,7 +89,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     labels = described.get("labels")
     spec = make_spec(inputs.section, None if labels is None else tuple(labels))
     encoded = encode_rows(
-        [{**row, "label": 0} if "label" not in row else row for row in inputs.rows],
+        inputs.rows,
         spec,
         inputs.section,
         backbone.tokenizer,

@@ -19,7 +19,7 @@ from cfm_train.config.compose import option
 from cfm_train.configuration.expression import BrickRef, Expression, bricks
 from cfm_train.configuration.parser import parse
 from cfm_train.configuration.pin import pin
-from cfm_train.data.sources import Checked, check_all
+from cfm_train.data.sources import Checked, check_all, task_sections
 from cfm_train.errors import UserError, nearest
 from cfm_train.library import gate
 from cfm_train.library.card import Card
@@ -133,5 +133,6 @@ def own_sections(cards: Sequence[Card]) -> dict[str, dict[str, Any]]:
         for recipe in [card.recipe, *card.recipe.get("parents", {}).values()]:
             section = recipe.get("data")
             if isinstance(section, Mapping) and "task" in section and section.get("name"):
-                sections.setdefault(str(section["name"]), dict(section))
+                for each in task_sections(section):
+                    sections.setdefault(str(each["name"]), each)
     return sections

@@ -15,7 +15,7 @@ from rich.text import Text
 from cfm_train.evaluation.metrics import LOWER_IS_BETTER
 from cfm_train.tracking.view import matrix_view
 
-_WIDTH = 200  # where nobody looks on: a pipe or a file
+_WIDTH = 500  # where nobody looks on: a pipe or a file
 _SECTIONS = {"brick": "", "merged": "", "ceiling": "upper bound", "floor": "lower bound"}
 
 

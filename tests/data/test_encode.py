@@ -158,6 +158,17 @@ def test_causal_predicts_every_token_but_the_first_once(llama: Any, tmp_path: Pa
             assert "position_ids" not in data.arrays
 
 
+def test_texts_to_continue_keep_their_ends(llama: Any, tmp_path: Path) -> None:
+    texts = ["Once upon", "a time " * 40]
+    rows = [{**row, "prompt": True} for row in rows_of(texts)]
+    data = encode_rows(rows, spec("causal", None), LIMITS, llama, tmp_path)
+    for i, text in enumerate(texts):
+        assert data.slice("input_ids", i).tolist() == llama(text)["input_ids"][-24:]
+        assert data.row(i) is rows[i]
+    assert data.arrays["answer_starts"].tolist() == data.lengths.tolist()
+    assert data.truncated == 1
+
+
 def test_packing_fills_blocks(shared: Path, llama: Any, tmp_path: Path) -> None:
     from cfm_train.data.files import read_file
 

@@ -197,7 +197,9 @@ def test_seq2seq_and_causal(section: Make) -> None:
     values = {"title": "T", "text": "long", "short": "s"}
     assert row(pairs, values) == {"text": ["T\n\nlong"], "target": "s"}
     assert row(pairs, values, answers=False) == {"text": ["T\n\nlong"]}
-    assert row(section(task="causal", label=None), {"text": "doc"}) == {"text": ["doc"]}
+    documents = section(task="causal", label=None)
+    assert row(documents, {"text": "doc"}) == {"text": ["doc"]}
+    assert row(documents, {"text": "doc"}, answers=False) == {"text": ["doc"], "prompt": True}
 
 
 @pytest.mark.parametrize("key", ["target", "system", "messages"])

@@ -81,6 +81,8 @@ def test_a_launcher_of_hydra_runs_them(command: Command, tmp_path: Path) -> None
     names = [json.loads(Path(run["record"]).read_text())["name"] for run in runs]
     assert names == ["1e5", "b"] * 2
     assert len(records(tmp_path)) == 4
+    configs = tmp_path.glob("outputs/runs/*/*/config.yaml")
+    assert all(f"group: {ended.folder.name}" in path.read_text() for path in configs)
 
 
 def test_a_launcher_that_is_not_there(command: Command, tmp_path: Path) -> None:

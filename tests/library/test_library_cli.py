@@ -104,7 +104,9 @@ def test_verify(run, filled):
         (filled.folder(filled.find(name)) / "brick.safetensors").write_bytes(b"x")
     code, out, err = run("verify")
     assert (code, out) == (2, "") and len(err.splitlines()) == 2
-    assert all(line.startswith("error: ") and "has changed since" in line for line in err.splitlines())
+    assert all(
+        line.startswith("error: ") and "has changed since" in line for line in err.splitlines()
+    )
 
 
 def test_rm_and_gc(run, filled):
@@ -144,7 +146,9 @@ def test_push_and_pull(run, filled, tmp_path):
         (("pull", "gone", "--name", "a/b"), "cannot name an artifact"),
     ],
 )
-def test_wrong_input_is_one_sentence(run, filled, tmp_path, snapshot, monkeypatch, arguments, sentence):
+def test_wrong_input_is_one_sentence(
+    run, filled, tmp_path, snapshot, monkeypatch, arguments, sentence
+):
     monkeypatch.chdir(tmp_path)
     before = snapshot(tmp_path)
     code, out, err = run(*arguments)
@@ -245,6 +249,8 @@ def test_looking_is_quick_and_light(filled, tmp_path):
 
 
 def test_the_output_can_be_cut_short(filled):
-    command = f"'{sys.executable}' -m cfm_train.library --library '{filled.root}' ls --json | head -1"
+    command = (
+        f"'{sys.executable}' -m cfm_train.library --library '{filled.root}' ls --json | head -1"
+    )
     job = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert job.stdout == "[\n" and "Traceback" not in job.stderr

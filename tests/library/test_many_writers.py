@@ -1,4 +1,4 @@
-"""Many processes at once, killed at any moment, full and read-only disks: nothing lost or halved."""
+"""Many processes, killed at any moment, full and read-only disks: nothing lost or halved."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ def test_many_writers_at_once_lose_nothing(tmp_path):
         lines = (root / name / "refs.jsonl").read_text().splitlines()
         newest = [line.split('"')[3] for line in lines]
         assert set(newest) == set(library.versions(name))
-        assert all(a != b for a, b in zip(newest, newest[1:], strict=False)), "only changes are logged"
+        assert all(a != b for a, b in pairwise(newest)), "only changes are logged"
     assert not (root / ".tmp").exists()
 
 
@@ -95,7 +96,9 @@ def test_gc_leaves_a_living_writer_alone(tmp_path):
         "    print('writing', flush=True); time.sleep(60)\n"
         "LocalStorage(Path(sys.argv[1])).commit('n/v', {'a.json': b''}, 'a.json', slow)\n"
     )
-    job = subprocess.Popen([sys.executable, "-c", code, str(root)], stdout=subprocess.PIPE, text=True)
+    job = subprocess.Popen(
+        [sys.executable, "-c", code, str(root)], stdout=subprocess.PIPE, text=True
+    )
     assert job.stdout is not None and job.stdout.readline() == "writing\n"
     library = Library(root)
     assert library.gc(grace=0) == []
@@ -130,7 +133,9 @@ def test_object_store_halves_are_invisible(bricks, tmp_path):
     card = bricks.add(whole, 0)
     half = Library(f"memory://{tmp_path.name}/half")
     for name in card.files:
-        half.storage.put(f"sst2/{card.version}/{name}", whole.storage.read(f"sst2/{card.version}/{name}"))
+        half.storage.put(
+            f"sst2/{card.version}/{name}", whole.storage.read(f"sst2/{card.version}/{name}")
+        )
         assert half.names() == [] and half.versions("sst2") == []
     assert bricks.add(half, 0).version == card.version
     assert half.verify() == []
@@ -186,7 +191,8 @@ def _in_tmpfs(tmp_path: Path, options: str, size: int) -> str:
     mount.mkdir()
     shell = (
         f'mount -t tmpfs -o size=1m tmpfs "{mount}" && mkdir "{mount}/library" && '
-        f'mount -o remount,{options} "{mount}" && exec "{sys.executable}" -c "$0" "{mount}/library" {size}'
+        f'mount -o remount,{options} "{mount}" && '
+        f'exec "{sys.executable}" -c "$0" "{mount}/library" {size}'
     )
     job = subprocess.run(
         ["unshare", "-rm", "sh", "-c", shell, IN_MOUNT], capture_output=True, text=True, check=False

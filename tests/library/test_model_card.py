@@ -62,7 +62,7 @@ def test_what_is_unknown_is_left_out():
 
 
 def test_a_folder_is_no_base_model():
-    """The Hub refuses a base_model that is a path of somebody's disk; so it is not written there."""
+    """The Hub refuses a base_model that is a path of somebody's disk."""
     for path in ("/data/models/x", "./x", "~/x", "a/b/c", "C:\\x"):
         text = model_card.write(card(backbone_id=path), [])
         assert ModelCard(text).data.base_model is None

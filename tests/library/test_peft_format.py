@@ -1,4 +1,4 @@
-"""PEFT's adapters in and out, with PEFT itself: nothing lost on the way, nothing accepted unseen."""
+"""PEFT's adapters in and out, with PEFT itself: nothing lost, nothing accepted unseen."""
 
 from __future__ import annotations
 
@@ -154,7 +154,10 @@ def test_a_classifier_is_kept_aside_and_named(local, tmp_path, capsys):
     expected = trained("bert-task", config, tmp_path / "in")
     adapter = read_folder(tmp_path / "in")
     assert adapter.kind == "lora"
-    assert adapter.aside == ["base_model.model.classifier.bias", "base_model.model.classifier.weight"]
+    assert adapter.aside == [
+        "base_model.model.classifier.bias",
+        "base_model.model.classifier.weight",
+    ]
     assert main(["--library", local.root, "add", str(tmp_path / "in"), "--name", "a"]) == 0
     assert "base_model.model.classifier.bias, …) are kept for export" in capsys.readouterr().out
     export(local, local.find("a"), tmp_path / "out")
@@ -185,7 +188,9 @@ def test_an_init_that_rewrites_the_backbone_is_refused_until_converted(init, loc
                 parameter.add_(0.1)
     model.save_pretrained(tmp_path / "in")
     for kind in (None, "lora", "peft"):
-        with pytest.raises(UserError, match=f"'{init}', which rewrites the weights of the backbone"):
+        with pytest.raises(
+            UserError, match=f"'{init}', which rewrites the weights of the backbone"
+        ):
             read_folder(tmp_path / "in", kind)
 
     expected = output(model)
@@ -274,13 +279,13 @@ def test_kind_lora_is_for_lora_alone(plain, tmp_path):
     [
         (lambda t: t.pop("base_model.model.encoder.layer.0.attention.self.query.lora_B.weight"),
          "no lora_A and lora_B for 'base_model.model.encoder.layer.0.attention.self.query'"),
-        (lambda t: t.update({"base_model.model.embeddings.word_embeddings.weight": torch.ones(2, 2)}),
-         "'base_model.model.embeddings.word_embeddings.weight', which is no part of a lora brick"),
+        (lambda t: t.update({"base_model.model.embeddings.weight": torch.ones(2, 2)}),
+         "'base_model.model.embeddings.weight', which is no part of a lora brick"),
         (lambda t: t.update({"base_model.model.encoder.layer.0.output.dense.bias": torch.ones(2)}),
          "no lora_A and lora_B for .*output.dense"),
         (lambda t: t.clear(), "holds no tensor"),
         (lambda t: next(iter(t.values())).fill_(float("nan")), "NaN or infinite"),
-        (lambda t: t.update({n: v[:1] for n, v in t.items() if "0.attention.self.query.lora_A" in n}),
+        (lambda t: t.update({n: v[:1] for n, v in t.items() if "self.query.lora_A" in n}),
          "no lora_A and lora_B"),
     ],
     ids=["missing", "embedding", "bias alone", "empty", "nan", "rank"],
@@ -325,7 +330,13 @@ def test_the_catalogue_is_what_peft_says_of_itself():
 
 
 def test_the_interface_ignores_the_order_of_sets_and_what_describes():
-    one = {"peft_type": "LORA", "target_modules": ["q", "v"], "r": 0, "use_dora": False, "revision": "a"}
+    one = {
+        "peft_type": "LORA",
+        "target_modules": ["q", "v"],
+        "r": 0,
+        "use_dora": False,
+        "revision": "a",
+    }
     two = {"peft_type": "LORA", "target_modules": ["v", "q"], "r": 0, "peft_version": "9"}
     assert function_of(one) == function_of(two) == {
         "peft_type": "LORA", "target_modules": ["q", "v"], "r": 0,

@@ -10,7 +10,9 @@ from cfm_train.library.store import Library
 
 
 def test_a_brick_goes_through_a_folder_unchanged(library, bricks, tmp_path, snapshot):
-    card = bricks.add(library, 0, heads={"sst2": {"labels": ["a", "b"]}}, recipe={"seed": 1}, run="r")
+    card = bricks.add(
+        library, 0, heads={"sst2": {"labels": ["a", "b"]}}, recipe={"seed": 1}, run="r"
+    )
     folders.push(library, card, tmp_path / "box")
     assert sorted(snapshot(tmp_path / "box")) == ["README.md", "brick.json", "brick.safetensors"]
 

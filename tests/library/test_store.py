@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,13 @@ def test_version_is_the_hash_of_tensors_and_interface(local, bricks):
     interface = {"kind": "lora", "hyper": {"rank": 2}}
     heads = {"sst2": {"task": "classification", "labels": ["no", "yes"], "size": 2}}
     card = local.add(
-        {"brick.safetensors": save({"b": first, "a": second}), "heads.safetensors": save({"a": second})},
-        bricks.card(interface=interface, heads=heads, sites=["layer.0.attn.q"], requires=["f" * 64]),
+        {
+            "brick.safetensors": save({"b": first, "a": second}),
+            "heads.safetensors": save({"a": second}),
+        },
+        bricks.card(
+            interface=interface, heads=heads, sites=["layer.0.attn.q"], requires=["f" * 64]
+        ),
     )
 
     expected = hashlib.sha256()
@@ -58,7 +64,9 @@ def test_version_ignores_how_a_brick_came_to_be(library, bricks):
     assert library.verify() == []
 
 
-@pytest.mark.parametrize("change", ["value", "dtype", "shape", "name", "interface", "kind", "heads"])
+@pytest.mark.parametrize(
+    "change", ["value", "dtype", "shape", "name", "interface", "kind", "heads"]
+)
 def test_version_changes_with_what_the_brick_computes(local, bricks, change):
     base = bricks.card(interface={"alpha": 1})
     a = local.add({"brick.safetensors": save({"a": np.zeros(4, np.float32)})}, base)
@@ -101,7 +109,11 @@ def test_the_same_content_again_only_becomes_the_newest(library, bricks):
     assert again == first and again.run == "run one"
     assert library.storage.read(f"sst2/{first.version}/brick.json") == card
     assert library.find("sst2") == first
-    assert [json.loads(line)["run"] for line in library.storage.lines(log)] == ["run one", "", "run two"]
+    assert [json.loads(line)["run"] for line in library.storage.lines(log)] == [
+        "run one",
+        "",
+        "run two",
+    ]
 
     bricks.add(library, 0)
     assert len(library.storage.lines(log)) == 3, "it is the newest already: no fourth line"
@@ -149,7 +161,9 @@ def test_files_are_taken_from_paths_and_openers_too(library, bricks, tmp_path):
     content = bricks.files(3)["brick.safetensors"]
     (tmp_path / "x.safetensors").write_bytes(content)
     a = library.add({"brick.safetensors": tmp_path / "x.safetensors"}, bricks.card())
-    b = library.add({"brick.safetensors": lambda: (tmp_path / "x.safetensors").open("rb")}, bricks.card())
+    b = library.add(
+        {"brick.safetensors": lambda: (tmp_path / "x.safetensors").open("rb")}, bricks.card()
+    )
     assert a == b == bricks.add(library, 3)
     with pytest.raises(UserError, match=r"There is no file .*y\.safetensors"):
         library.add({"brick.safetensors": tmp_path / "y.safetensors"}, bricks.card())
@@ -193,7 +207,9 @@ def test_an_ambiguous_prefix_gets_a_sentence(library, bricks):
     for seed in range(40):  # 16 first digits: two versions soon share one
         version = bricks.add(library, seed).version
         if version[0] in seen:
-            with pytest.raises(UserError, match=f"ambiguous: .*{seen[version[0]]}.*write more digits"):
+            with pytest.raises(
+                UserError, match=f"ambiguous: .*{seen[version[0]]}.*write more digits"
+            ):
                 library.find(f"sst2@{version[0]}")
             return
         seen[version[0]] = version
@@ -253,7 +269,11 @@ def test_a_far_library_is_copied_once_and_checked(bricks, tmp_path):
     card = bricks.add(library, 0)
     folder = library.folder(card)
     assert folder.is_relative_to(tmp_path / "cache")
-    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "brick.json", "brick.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "README.md",
+        "brick.json",
+        "brick.safetensors",
+    ]
     library.storage.put(f"sst2/{card.version}/brick.safetensors", b"changed since")
     assert library.folder(card) == folder, "the copy stays as it was"
     other = bricks.add(library, 1)
@@ -288,9 +308,10 @@ def test_storage_promises(tmp_path):
     """The same small contract, whatever the place."""
     for storage in (open_storage(tmp_path / "s"), open_storage(f"memory://{tmp_path.name}/s")):
         calls: list[str] = []
+        one, two = partial(calls.append, "one"), partial(calls.append, "two")
         files = {"a.json": b"a", "z.json": b"z"}
-        assert storage.commit("n/v", files, "a.json", lambda: calls.append("one"))
-        assert not storage.commit("n/v", {"a.json": b"other"}, "a.json", lambda: calls.append("two"))
+        assert storage.commit("n/v", files, "a.json", one)
+        assert not storage.commit("n/v", {"a.json": b"other"}, "a.json", two)
         assert calls == ["one", "two"]
         assert storage.entries("n/v") == ["a.json", "z.json"]
         assert storage.read("n/v/a.json") == b"a"

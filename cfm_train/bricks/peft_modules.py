@@ -1,4 +1,8 @@
-"""PEFT's names: which site an adapter's module path means, which pattern of its config counts."""
+"""Between PEFT's modules and our sites: what the bricks in PEFT's format share.
+
+PEFT names modules, we name sites; where an architecture fuses several sites into one module
+(GPT-2's c_attn is q, k and v), one module of PEFT's is several sites of ours.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,13 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
+from cfm_train.backbone.slots import row_index
 from cfm_train.bricks.brick import LINEAR
 from cfm_train.errors import UserError
+from cfm_train.library.peft_format import DESCRIPTIVE
 
 if TYPE_CHECKING:
     from cfm_train.backbone.load import Backbone
@@ -62,3 +71,39 @@ def pattern_value(patterns: Mapping[str, Any] | None, module: str, default: Any)
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return default
+
+
+def check_keys(
+    config: Mapping[str, Any], understood: frozenset[str], kind: str, backbone: Backbone
+) -> None:
+    """Refuses what an adapter config asks for and a kind does not compute.
+
+    Args:
+        config: the content of ``adapter_config.json``.
+        understood: the keys that the kind computes, or that decide nothing after training.
+        kind: the brick kind, for the sentence.
+        backbone: where the adapter is to be plugged in, for the sentence.
+
+    Raises:
+        UserError: naming the feature.
+    """
+    for key, value in config.items():
+        if key not in understood | DESCRIPTIVE and value not in (None, False, {}, [], ""):
+            raise UserError(
+                f"The adapter for '{backbone.id}' uses '{key}' ({str(value)[:60]}), which a brick "
+                f"of kind {kind} does not compute: add it with --kind peft, to run it through PEFT."
+            )
+
+
+def rows_in(site: Site, width: int) -> Tensor:
+    """The rows of a module's output ``[width]`` that are a site, int64 on the processor."""
+    return torch.arange(width) if site.rows is None else row_index(site, torch.device("cpu"))
+
+
+def overlap(one: Site, other: Site) -> bool:
+    """Whether two sites are parts of one module and share an output row."""
+    if one.module != other.module:
+        return False
+    if one.rows is None or other.rows is None:
+        return True
+    return any(a < d and c < b for a, b in one.rows for c, d in other.rows)

@@ -1,0 +1,139 @@
+"""Records as real runs leave them, on disk with their metrics files, for tests of what is drawn."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from cfm_train.tracking.metrics_file import MetricsFile
+from cfm_train.tracking.record import Record, new_record, read_record, write_record
+
+#: task -> (its own brick, frozen backbone with a head)
+TASKS = {"sentiment": (0.91, 0.79), "topic": (0.88, 0.74), "intent": (0.94, 0.83)}
+FINGERPRINT = "53aa51172d142c89d9012cce15ae4d6c" * 2
+
+
+def figure(value: float, n: int = 250) -> dict[str, Any]:
+    """A figure with a plausible interval."""
+    half = 1.96 * math.sqrt(max(value * (1 - value), 1e-3) / n)
+    return {"value": value, "low": max(0.0, value - half), "high": min(1.0, value + half), "n": n}
+
+
+def cell(
+    brick: str, task: str, value: float, role: str, metric: str = "accuracy"
+) -> dict[str, Any]:
+    """A cell of the matrix."""
+    return {"brick": brick, "task": task, "metric": metric, "role": role, **figure(value)}
+
+
+def trained(
+    out: Path, task: str, *, name: str | None = None, seed: int = 0, **other: Any
+) -> Record:
+    """The record of a training run on one task, with 60 steps of curves."""
+    name = name or task
+    value, floor = TASKS[task]
+    value += 0.01 * seed
+    folder = out / "runs" / f"{name}-{seed}"
+    folder.mkdir(parents=True)
+    file = MetricsFile(folder / "metrics.jsonl")
+    for step in range(1, 61):
+        wave = 0.05 * math.sin(step * (1.7 + value))
+        file.append(step, {"train/loss": 0.2 + 1.1 * math.exp(-step / 14) + wave})
+        file.append(step, {"train/learning_rate": 1e-3 * min(1, step / 6) * (1 - step / 66)})
+        if step % 10 == 0:
+            file.append(step, {"validation/accuracy": value - 0.3 * math.exp(-step / 15)})
+    version = f"{seed}{abs(hash_of(name)):011x}"[:12]
+    artifact = out / "library" / name / version
+    artifact.mkdir(parents=True)
+    (artifact / "brick.json").write_text("{}")
+    known: dict[str, Any] = {
+        "recipe": f"task/{task}",
+        "config_hash": f"{version}ff",
+        "brick": {"name": name, "version": version, "path": str(artifact), "parents": []},
+        "backbone": {"id": "minilm", "fingerprint": FINGERPRINT, "unchanged": True},
+        "metrics": {"test/accuracy": figure(value), "floor/accuracy": figure(floor)},
+        "checks": {"backbone unchanged": {"value": True, "tolerance": None, "passed": True}},
+        "cost": {
+            "seconds": 14.25,
+            "train_seconds": 9.5 + seed,
+            "samples_per_second": 412.0,
+            "tokens_per_second": 9000.0,
+            "peak_memory_bytes": 610_000_000,
+            "trainable_parameters": 99_456 + 20_000 * list(TASKS).index(task),
+            "flop_share": 0.31,
+        },
+        "matrix": [
+            cell(name, task, value, "brick"),
+            cell("frozen backbone", task, floor, "floor"),
+        ],
+        "samples": [
+            {
+                "input": f"A sentence about {task}, long enough to be read.",
+                "prediction": "yes",
+                "reference": "yes" if number else "no",
+                "task": task,
+                "at": f"{task}.jsonl:{number + 1}",
+                "step": 60,
+            }
+            for number in range(4)
+        ],
+        "curves": "metrics.jsonl",
+    }
+    return _stored(folder, operation="train", name=name, seed=seed, **{**known, **other})
+
+
+def averaged(out: Path, parents: list[Record]) -> Record:
+    """The record of an average of trained bricks, evaluated on all tasks."""
+    names = [parent["brick"]["name"] for parent in parents if parent["brick"]]
+    name = f"average({', '.join(names)})"
+    artifact = out / "library" / "average" / "9c0de1ab34f5"
+    artifact.mkdir(parents=True)
+    (artifact / "brick.json").write_text("{}")
+    folder = out / "runs" / "average"
+    folder.mkdir(parents=True)
+    values = dict(zip(TASKS, (0.885, 0.861, 0.835), strict=True))
+    links = [
+        {"name": p["brick"]["name"], "version": p["brick"]["version"], "weight": 0.5}
+        for p in parents
+        if p["brick"]
+    ]
+    return _stored(
+        folder,
+        operation="merge",
+        recipe="merge/linear",
+        name="average",
+        seed=0,
+        config_hash="77aa00",
+        brick={"name": name, "version": "9c0de1ab34f5", "path": str(artifact), "parents": links},
+        backbone={"id": "minilm", "fingerprint": FINGERPRINT, "unchanged": True},
+        checks={"weight 1 is the brick": {"value": 0.0, "tolerance": 1e-6, "passed": True}},
+        cost={"seconds": 2.5, "trainable_parameters": 247_456, "peak_memory_bytes": 580_000_000},
+        matrix=[
+            *(cell(name, task, value, "merged") for task, value in values.items()),
+            *(cell("multitask", task, TASKS[task][0] - 0.01, "ceiling") for task in TASKS),
+        ],
+    )
+
+
+def quickstart(out: Path) -> list[Record]:
+    """A brick for each task, each evaluated on all of them, and the average of two."""
+    records = []
+    for name in TASKS:
+        others = [
+            cell(name, task, TASKS[task][1] - 0.03, "brick") for task in TASKS if task != name
+        ]
+        record = trained(out, name)
+        record["matrix"] += others  # type: ignore[arg-type]
+        records.append(record)
+    return [*records, averaged(out, records[:2])]
+
+
+def hash_of(text: str) -> int:
+    """A number from a text that is the same in every process."""
+    return sum(ord(character) * 31**at for at, character in enumerate(text)) % 16**11
+
+
+def _stored(folder: Path, **known: Any) -> Record:
+    write_record(new_record(**known), folder / "record.json")
+    return read_record(folder)

@@ -1,0 +1,310 @@
+"""The dashboard in a real browser: its figures are the records', it reads well, it stays alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from browser import Browser, find_chromium
+from demo_records import TASKS, cell, figure, quickstart, trained
+
+from cfm_train.tracking.dashboard import as_script_json, draw
+from cfm_train.tracking.record import Record, new_record
+
+Draw = Callable[..., tuple[Path, dict]]
+
+PROBES = (Path(__file__).parent / "probes.js").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    program = find_chromium()
+    if program is None:
+        pytest.skip("needs a Chromium (Debian: apt-get install chromium)")
+    browser = Browser(program)
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def drawn(tmp_path: Path) -> Draw:
+    """Draws records beside their runs; gives the page and the data in it."""
+
+    def drawn(records: list[Record], **options: str) -> tuple[Path, dict]:
+        page = draw(records, tmp_path / "dashboard.html", **options)
+        return page, data_in(page)
+
+    return drawn
+
+
+def data_in(page: Path) -> dict:
+    text = page.read_text(encoding="utf-8")
+    found = re.search(r'<script id="data" type="application/json">(.*?)</script>', text, re.S)
+    assert found
+    return json.loads(found[1])
+
+
+def many(tmp_path: Path) -> list[Record]:
+    """Twelve long-named tasks with three seeds each, and a run that failed."""
+    records = []
+    for seed in (1, 2, 3):
+        for number in range(12):
+            task, value = f"a_long_task_name_{number}", 0.6 + 0.03 * number + 0.004 * seed
+            records.append(
+                new_record(
+                    operation="train", recipe=f"task/{task}", name=task, seed=seed,
+                    config_hash=f"{seed}{number}", metrics={"test/accuracy": figure(value)},
+                    brick={"name": task, "version": f"{seed}{number:02}aa", "path": str(tmp_path),
+                           "parents": []},
+                    backbone={"id": "minilm", "fingerprint": "ab" * 32, "unchanged": True},
+                    matrix=[cell(task, task, value, "brick"),
+                            cell("frozen backbone", task, value - 0.08, "floor")],
+                    cost={"seconds": 40.0, "train_seconds": 30.0 + number,
+                          "trainable_parameters": 99_000 + number},
+                )
+            )  # fmt: skip
+    failed = {"status": "failed", "error": "the loss became NaN at step 41"}
+    return [
+        *records,
+        new_record(operation="train", recipe="task/x", name="x", seed=1, config_hash="x", **failed),
+    ]
+
+
+def language(tmp_path: Path) -> list[Record]:
+    """Two language models: their figures are better when they are lower."""
+    records = []
+    for name, loss, floor in (("poems", 2.1, 3.4), ("laws", 2.6, 3.5)):
+        record = trained(tmp_path, "topic", name=name)
+        shared = {"n": 250, "metric": "loss", "task": "stories"}
+        own = {"value": loss, "low": loss - 0.1, "high": loss + 0.1}
+        bound = {"value": floor, "low": floor - 0.1, "high": floor + 0.1}
+        record["matrix"] = [
+            {"brick": name, "role": "brick", **own, **shared},
+            {"brick": "frozen backbone", "role": "floor", **bound, **shared},
+        ]  # type: ignore[list-item]
+        record["metrics"] = {"test/loss": {**own, "n": 250}}  # type: ignore[typeddict-item]
+        records.append(record)
+    return records
+
+
+SETS = {
+    "quickstart": quickstart,
+    "one run": lambda out: [trained(out, "topic")],
+    "many": many,
+    "language": language,
+    "none": lambda out: [],
+}
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("name", SETS)
+def test_page_reads_well_and_loads_nothing(
+    browser: Browser, drawn: Draw, tmp_path: Path, name: str, width: int, dark: bool
+) -> None:
+    page, _ = drawn(SETS[name](tmp_path))
+    browser.open(page, width=width, dark=dark)
+    assert browser.messages == []
+    assert browser.run("document.documentElement.dataset.drawn") == "yes"
+    assert [url for url in browser.requests if not url.startswith("data:")] == [page.as_uri()]
+    browser.run("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+    browser.run("new Promise((ok) => requestAnimationFrame(() => setTimeout(ok, 100)))")
+    overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert browser.run(overflow) == 0, "the page scrolls sideways"
+    browser.run(PROBES + ";null")
+    for probe in ("overlaps", "outside", "spills", "faint"):
+        assert browser.run(f"window.{probe}()") == [], probe
+    assert browser.messages == []
+
+
+def test_figures_on_the_page_are_the_records(browser: Browser, drawn: Draw, tmp_path: Path) -> None:
+    records = quickstart(tmp_path)
+    page, _ = drawn(records, title="Four bricks")
+    browser.open(page, width=1280)
+    table = browser.run(
+        """[...document.querySelectorAll(".heat tbody tr:not(.group)")].map((row) =>
+          [row.cells[0].textContent, ...[...row.querySelectorAll("td:not(.mean)")].map((cell) =>
+            [+cell.dataset.value, +cell.dataset.low, +cell.dataset.high,
+             cell.querySelector("b").textContent, cell.querySelector("small").textContent])])"""
+    )
+    shown = {(row[0], task): row[1 + at] for row in table for at, task in enumerate(TASKS)}
+    cells = [c for record in records for c in record["matrix"]]
+    assert len(shown) == len(cells) == 18
+    for c in cells:
+        text = f"{100 * c['value']:.1f}", f"{100 * c['low']:.1f}–{100 * c['high']:.1f}"
+        assert shown[c["brick"], c["task"]] == [c["value"], c["low"], c["high"], *text]
+    best = browser.run(
+        "[...document.querySelectorAll('.heat td.best')].map((c) => Number(c.dataset.value))"
+    )
+    assert sorted(best) == sorted(value for value, _ in TASKS.values())
+    scores = browser.run(
+        "[...document.querySelectorAll('#runs b[data-value]')].map((b) => +b.dataset.value)"
+    )
+    assert scores == [record["metrics"]["test/accuracy"]["value"] for record in records[:3]]
+    big = browser.run("Number(document.querySelector('.big b').dataset.value)")
+    assert big == pytest.approx((0.885 + 0.861 + 0.835) / 3)
+    assert browser.run("document.querySelector('.winner').textContent") == records[3]["name"] + (
+        "(sentiment, topic)"
+    )
+    assert browser.run("document.querySelector('#checks .verdict').textContent") == (
+        "All 4 checks passed"
+    )
+    assert browser.run("document.title") == "Four bricks"
+
+
+def test_cost_chart_shows_what_is_chosen(browser: Browser, drawn: Draw, tmp_path: Path) -> None:
+    records = quickstart(tmp_path)
+    page, _ = drawn(records)
+    browser.open(page, width=1280)
+    marks = """[...document.querySelectorAll('#costs g[data-cost]')].map((mark) =>
+      [+mark.dataset.cost, +mark.dataset.value])"""
+    choose = """(([cost, quality]) => { const [a, b] = document.querySelectorAll("#costs select");
+      a.value = cost; b.value = quality; a.dispatchEvent(new Event("change")); })"""
+    for key in ("trainable_parameters", "seconds", "peak_memory_bytes", "train_seconds"):
+        for at, task in enumerate(TASKS):
+            browser.run(f"{choose}(['{key}', '{at}'])")
+            expected = [
+                [record["cost"][key], c["value"]]
+                for record in records
+                for c in record["matrix"]
+                if c["task"] == task and c["role"] in ("brick", "merged")
+                if record["cost"][key] is not None
+            ]
+            assert sorted(browser.run(marks)) == sorted(expected)
+    browser.run(f"{choose}(['seconds', 'gain'])")
+    gains = {c["task"]: c["value"] - TASKS[c["task"]][1] for c in records[3]["matrix"][:3]}
+    assert [2.5, pytest.approx(sum(gains.values()) / 3)] in browser.run(marks)
+
+
+def test_curves_hide_and_show_runs(browser: Browser, drawn: Draw, tmp_path: Path) -> None:
+    page, data = drawn(quickstart(tmp_path))
+    browser.open(page, width=1280)
+    strokes = """new Set([...document.querySelectorAll('#curves .chart path')].map((path) =>
+      path.getAttribute('stroke'))).size"""
+    assert [curve["key"] for curve in data["curves"]] == [
+        "train/loss", "train/learning_rate", "validation/accuracy",
+    ]  # fmt: skip
+    assert browser.run(strokes) == 3
+    browser.run("document.querySelector('#curves .legend button').click()")
+    assert browser.run(strokes) == 2
+    pressed = "document.querySelector('#curves .legend button').getAttribute('aria-pressed')"
+    assert browser.run(pressed) == "false"
+
+
+def test_everything_works_from_the_keyboard(browser: Browser, drawn: Draw, tmp_path: Path) -> None:
+    page, _ = drawn(quickstart(tmp_path))
+    browser.open(page, width=1280)
+    value = "document.activeElement.dataset.value"
+    tip = (
+        "document.getElementById('tip').hidden ? null : document.getElementById('tip').textContent"
+    )
+    for _ in range(20):  # past the links at the top and the checks, into the matrix
+        browser.key("Tab")
+        if browser.run(value):
+            break
+    assert float(browser.run(value)) == 0.91
+    assert "sentiment on sentiment" in browser.run(tip)
+    browser.key("ArrowRight")
+    assert float(browser.run(value)) == pytest.approx(TASKS["topic"][1] - 0.03)
+    browser.key("ArrowDown")
+    assert float(browser.run(value)) == 0.88
+    assert "topic on topic" in browser.run(tip)
+    browser.key("Tab")  # one stop for the whole table
+    assert browser.run("document.activeElement.tagName") == "SELECT"
+    stops = set()
+    for _ in range(40):
+        browser.key("Tab")
+        stops.add(browser.run("document.activeElement.closest('section')?.id ?? ''"))
+    assert {"costs", "curves", "lineage", "runs"} <= stops
+
+
+def test_curve_tells_its_values_at_a_step(browser: Browser, drawn: Draw, tmp_path: Path) -> None:
+    page, _ = drawn([trained(tmp_path, "topic")])
+    browser.open(page, width=1280)
+    browser.run("document.querySelectorAll('#curves .chart svg')[2].focus()")
+    browser.key("ArrowLeft")
+    text = browser.run("document.getElementById('tip').textContent")
+    assert text == f"step 50topic{0.88 - 0.3 * 2.718281828459045 ** (-50 / 15):.4g}"
+
+
+def test_runs_can_be_sorted_and_lead_to_their_files(
+    browser: Browser, drawn: Draw, tmp_path: Path
+) -> None:
+    page, _ = drawn(quickstart(tmp_path))
+    browser.open(page, width=1280)
+    names = "[...document.querySelectorAll('#runs td:first-child b')].map((b) => b.textContent)"
+    assert browser.run(names) == [*TASKS, "average"]
+    browser.run(
+        "[...document.querySelectorAll('#runs th button')].find((b) => b.textContent === 'Score').click()"
+    )
+    assert browser.run(names) == ["intent", "sentiment", "topic", "average"]
+    links = browser.run(
+        "[...document.querySelectorAll('#runs a, #lineage a')].map((a) => a.getAttribute('href'))"
+    )
+    assert len(links) == 12
+    for link in links:
+        assert not link.startswith("/")
+        assert (page.parent / link).is_file(), link
+
+
+def test_hostile_texts_stay_texts(browser: Browser, drawn: Draw, tmp_path: Path) -> None:
+    evil = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
+    record = trained(tmp_path, "topic", name="plain")
+    record["name"] = evil
+    record["samples"] = [
+        {"input": evil + "{{style}} &amp; \u2028 €", "prediction": evil, "reference": "{{data}}"}
+    ]
+    record["checks"] = {evil: {"value": "<b>", "tolerance": None, "passed": False}}
+    page, data = drawn([record, trained(tmp_path, "intent")], title=evil)
+    browser.open(page, width=390)
+    assert browser.run("window.hacked ?? null") is None
+    assert browser.messages == []
+    assert browser.run("document.querySelector('h1').textContent") == evil
+    assert browser.run("document.querySelector('.sample .said p').textContent") == (
+        evil + "{{style}} &amp; \u2028 €"
+    )
+    assert data["samples"][0]["reference"] == "{{data}}"
+    assert browser.run("document.documentElement.scrollWidth") == 390
+
+
+def test_failures_come_first_and_are_named(browser: Browser, drawn: Draw, tmp_path: Path) -> None:
+    record = trained(tmp_path, "topic")
+    record["checks"]["unplugged equals bare"] = {
+        "value": 3.1e-4,
+        "tolerance": 1e-5,
+        "passed": False,
+    }
+    page, _ = drawn([record, many(tmp_path)[-1]])
+    browser.open(page, width=1280)
+    assert browser.run("document.querySelector('#checks .verdict').textContent") == (
+        "1 of 2 runs failed, 1 of 2 checks failed"
+    )
+    assert browser.run("document.querySelector('#checks details').open") is True
+    lines = browser.run("[...document.querySelectorAll('#checks li')].map((li) => li.textContent)")
+    assert lines[0] == "✗x: the loss became NaN at step 41"
+    assert lines[1] == "✗topic: unplugged equals bare (0.00031, tolerance 1.0e-5)"
+
+
+def test_page_is_one_file_without_addresses(drawn: Draw, tmp_path: Path) -> None:
+    page, _ = drawn(quickstart(tmp_path))
+    text = page.read_text(encoding="utf-8")
+    assert not re.findall(r"https?://(?!www\.w3\.org/2000/svg)", text)
+    assert not re.findall(r"<(?:link|script|img)[^>]*(?:src|href)=\"(?!data:)", text)
+    assert not re.findall(r"\{\{\w+\}\}", text)
+    assert "default-src 'none'" in text
+
+
+def test_script_json_is_json_and_cannot_end_its_element() -> None:
+    data = {"a": "</SCRIPT><!-- <script>", "b": "\u2028\u2029 & é", "c": [1.5, None, True]}
+    text = as_script_json(data)
+    assert json.loads(text) == data
+    assert not set("<>&\u2028\u2029") & set(text)
+
+
+def test_an_invalid_record_is_refused_and_nothing_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="operation"):
+        draw([{"recipe": "x"}], tmp_path / "dashboard.html")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,91 @@
+"""The tables at the end of a run: their figures, on a terminal and in a pipe."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from demo_records import TASKS, cell, figure, quickstart, trained
+
+from cfm_train.tracking.terminal import print_matrix, print_run, score_text
+
+
+class Terminal(io.StringIO):
+    """A file that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_matrix_in_a_pipe_is_plain_and_complete(tmp_path: Path) -> None:
+    records = quickstart(tmp_path)
+    cells = [c for record in records for c in record["matrix"]]
+    out = io.StringIO()
+    print_matrix(cells, file=out)
+    lines = out.getvalue().splitlines()
+    assert "\x1b" not in out.getvalue() and "│" not in out.getvalue()
+    assert lines[0].split() == list(TASKS)
+    assert len(lines) == 2 + 6
+    for c in cells:
+        (line,) = [line for line in lines if line.startswith(f"{c['brick']} ")]
+        at = 2 * list(TASKS).index(c["task"])
+        words = line.removeprefix(c["brick"]).replace("(upper bound)", "")
+        words = words.replace("(lower bound)", "").split()
+        value, interval = words[at : at + 2]
+        assert value.lstrip("*") == f"{100 * c['value']:.1f}"
+        assert interval == f"{100 * c['low']:.1f}–{100 * c['high']:.1f}"
+        assert value.startswith("*") == (c["brick"] == c["task"])
+
+
+def test_winner_is_bold_and_intervals_dim_on_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "120")
+    out = Terminal()
+    cells = [cell("a", "x", 0.8, "brick"), cell("b", "x", 0.7, "merged")]
+    print_matrix(cells, file=out)
+    a = figure(0.8)
+    assert (
+        f"\x1b[1m80.0\x1b[0m\x1b[2m  {100 * a['low']:.1f}–{100 * a['high']:.1f}" in out.getvalue()
+    )
+    assert "\x1b[1m70.0" not in out.getvalue()
+
+
+def test_losses_stand_as_they_are_and_the_lowest_wins() -> None:
+    out = io.StringIO()
+    cells = [cell(name, "x", value, "brick", "loss") for name, value in (("a", 0.71), ("b", 0.62))]
+    print_matrix(cells, file=out)
+    assert "*0.62" in out.getvalue() and "*0.71" not in out.getvalue()
+    assert [score_text(v, "perplexity") for v in (12.3456, 123456.0)] == ["12.35", "1.235e+05"]
+
+
+def test_many_tasks_fit_a_pipe_in_one_line_each() -> None:
+    out = io.StringIO()
+    print_matrix([cell("a", f"task_number_{i}", 0.5, "brick") for i in range(20)], file=out)
+    assert len(out.getvalue().splitlines()) == 3
+
+
+def test_no_cells_print_nothing() -> None:
+    out = io.StringIO()
+    print_matrix([], file=out)
+    assert out.getvalue() == ""
+
+
+def test_summary_of_a_run(tmp_path: Path) -> None:
+    record = trained(tmp_path, "topic")
+    out = io.StringIO()
+    print_run(record, file=out)
+    text = out.getvalue()
+    assert text.startswith("topic · task/topic · seed 0 · done\n")
+    row = next(line for line in text.splitlines() if line.startswith("test/accuracy")).split()
+    assert row[1] == "88.0" and row[-1] == "250"
+    assert "119,456 trained parameters, 9.5 s of training, 14.2 s in all, 412 samples/s" in text
+    assert "checks passed: backbone unchanged" in text
+    record["checks"]["logits"] = {"value": 1.0, "tolerance": 1e-5, "passed": False}
+    record["status"], record["error"] = "failed", "loss is [bold]NaN[/bold]"
+    for out in (io.StringIO(), Terminal()):
+        print_run(record, file=out)
+        assert "checks failed: logits" in out.getvalue()
+        assert "loss is [bold]NaN[/bold]" in out.getvalue()  # no markup is read from texts

@@ -1,0 +1,194 @@
+"""What the dashboard decides to show, without a browser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from demo_records import FINGERPRINT, TASKS, averaged, cell, figure, quickstart, trained
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cfm_train.tracking.lineage_view import lineage
+from cfm_train.tracking.record import Record, new_record
+from cfm_train.tracking.view import MOST_POINTS, thin, view
+
+
+def bare(name: str, *cells: dict, seed: int = 0, **other: object) -> Record:
+    """A record with nothing but a matrix."""
+    known = {"operation": "train", "recipe": "r", "config_hash": f"{name}{seed}hash"}
+    return new_record(**known, name=name, seed=seed, matrix=list(cells), **other)
+
+
+def rows(shown: dict) -> dict[str, list]:
+    """label -> values, None where nothing was measured."""
+    return {
+        row["label"]: [c and c["value"] for c in row["cells"]] for row in shown["matrix"]["rows"]
+    }
+
+
+def test_matrix_keeps_every_cell_and_orders_roles(tmp_path: Path) -> None:
+    shown = view(quickstart(tmp_path), tmp_path)
+    assert [task["task"] for task in shown["matrix"]["tasks"]] == list(TASKS)
+    assert list(rows(shown)) == [
+        *TASKS,
+        "average(sentiment, topic)",
+        "multitask",
+        "frozen backbone",
+    ]
+    assert rows(shown)["frozen backbone"] == [floor for _, floor in TASKS.values()]
+    assert rows(shown)["topic"] == [TASKS["sentiment"][1] - 0.03, 0.88, TASKS["intent"][1] - 0.03]
+    assert shown["matrix"]["best"] == [0, 1, 2]
+
+
+def test_runs_of_one_name_that_disagree_get_rows_of_their_own() -> None:
+    seeds = [bare("sst2", cell("sst2", "sst2", 0.8 + s / 100, "brick"), seed=s) for s in (1, 2, 3)]
+    assert list(rows(view(seeds, Path()))) == ["sst2 · seed 1", "sst2 · seed 2", "sst2 · seed 3"]
+    settings_differ = [
+        new_record(
+            operation="train", recipe="r", name="sst2", seed=0, config_hash=h * 64,
+            matrix=[cell("sst2", "sst2", v, "brick")],
+        )
+        for h, v in (("a", 0.8), ("b", 0.9))
+    ]  # fmt: skip
+    assert rows(view(settings_differ, Path())) == {"sst2 · aaaaaa": [0.8], "sst2 · bbbbbb": [0.9]}
+
+
+def test_the_same_figure_from_two_runs_is_one_cell() -> None:
+    train = bare("mine", cell("mine", "sst2", 0.8, "brick"))
+    evaluate = bare("check", cell("mine", "sst2", 0.8, "brick"), cell("mine", "trec", 0.5, "brick"))
+    assert rows(view([train, evaluate], Path())) == {"mine": [0.8, 0.5]}
+
+
+def test_the_strictest_bound_stands() -> None:
+    floors = [bare(str(v), cell("frozen", "t", v, "floor")) for v in (0.6, 0.7, 0.65)]
+    assert rows(view(floors, Path())) == {"frozen": [0.7]}
+    floors = [bare(str(v), cell("frozen", "t", v, "floor", "loss")) for v in (0.6, 0.7, 0.65)]
+    assert rows(view(floors, Path())) == {"frozen": [0.6]}
+
+
+def test_headline_is_the_best_over_most_tasks_and_says_what_made_it(tmp_path: Path) -> None:
+    records = quickstart(tmp_path)
+    headline = view(records, tmp_path)["headline"]
+    assert (headline["kind"], headline["label"], headline["of"]) == (
+        "one", "average(sentiment, topic)", 4,
+    )  # fmt: skip
+    assert headline["figure"]["value"] == pytest.approx((0.885 + 0.861 + 0.835) / 3)
+    assert headline["floor"]["value"] == pytest.approx(np.mean([f for _, f in TASKS.values()]))
+    assert headline["ceiling"]["value"] == pytest.approx(
+        np.mean([v - 0.01 for v, _ in TASKS.values()])
+    )
+    assert headline["run"] == 3
+
+
+def test_headline_of_bricks_that_stand_on_one_task_each(tmp_path: Path) -> None:
+    headline = view([trained(tmp_path, task) for task in TASKS], tmp_path)["headline"]
+    assert headline["kind"] == "each"
+    found = [(entry["label"], entry["figure"]["value"]) for entry in headline["winners"]]
+    assert found == [(task, value) for task, (value, _) in TASKS.items()]
+    assert [entry["floor"]["value"] for entry in headline["winners"]] == [
+        floor for _, floor in TASKS.values()
+    ]
+
+
+def test_headline_of_losses_is_the_lowest() -> None:
+    records = [bare(n, cell(n, "t", v, "brick", "loss")) for n, v in (("a", 0.5), ("b", 0.4))]
+    assert view(records, Path())["headline"]["label"] == "b"
+
+
+def test_bricks_on_different_tasks_are_compared_by_their_gain() -> None:
+    easy = [cell("easy", task, 0.95, "brick") for task in ("a", "b")]
+    hard = [cell("hard", task, 0.70, "brick") for task in ("c", "d")]
+    floors = [cell("frozen", t, v, "floor") for t, v in zip("abcd", (0.94, 0.94, 0.5, 0.5))]
+    headline = view([bare("r", *easy, *hard, *floors)], Path())["headline"]
+    assert headline["label"] == "hard"
+
+
+def test_mean_over_tasks_has_the_interval_of_independent_figures() -> None:
+    cells = [cell("a", task, value, "brick") for task, value in (("x", 0.9), ("y", 0.6))]
+    (row,) = view([bare("a", *cells)], Path())["matrix"]["rows"]
+    draws = np.random.default_rng(0).binomial(250, [[0.9, 0.6]] * 100_000) / 250
+    low, high = np.quantile(draws.mean(-1), [0.025, 0.975])
+    assert row["mean"]["value"] == pytest.approx(0.75)
+    assert (row["mean"]["low"], row["mean"]["high"]) == pytest.approx((low, high), abs=0.003)
+
+
+def test_nothing_is_averaged_over_losses_or_half_a_row() -> None:
+    half = [cell("a", "x", 0.9, "brick"), cell("b", "x", 0.9, "brick"), cell("b", "y", 1, "brick")]
+    means = {r["label"]: r["mean"] for r in view([bare("r", *half)], Path())["matrix"]["rows"]}
+    assert means["a"] is None and means["b"]["value"] == pytest.approx(0.95)
+    mixed = [cell("a", "x", 0.9, "brick"), cell("a", "y", 2.0, "brick", "loss")]
+    assert view([bare("r", *mixed)], Path())["matrix"]["rows"][0]["mean"] is None
+
+
+def test_curves_are_the_metrics_files(tmp_path: Path) -> None:
+    records = [trained(tmp_path, "topic"), trained(tmp_path, "intent")]
+    curves = {c["key"]: c["series"] for c in view(records, tmp_path)["curves"]}
+    assert list(curves) == ["train/loss", "train/learning_rate", "validation/accuracy"]
+    steps = [[step for step, _ in series["points"]] for series in curves["validation/accuracy"]]
+    assert steps == [[10, 20, 30, 40, 50, 60]] * 2
+    assert curves["train/learning_rate"][0]["points"][0] == [1, 1e-3 / 6 * (1 - 1 / 66)]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 5000), st.integers(4, 400), st.integers(0, 2**16))
+def test_thinned_curves_keep_ends_and_extremes(length: int, most: int, seed: int) -> None:
+    values = np.random.default_rng(seed).normal(size=length)
+    points = [[step, float(value)] for step, value in enumerate(values)]
+    kept = thin(points, most)
+    assert len(kept) <= max(most, min(length, most)) <= max(most, MOST_POINTS)
+    assert all(point in points for point in kept[:20])
+    assert [step for step, _ in kept] == sorted({step for step, _ in kept})
+    if length:
+        assert (kept[0], kept[-1]) == (points[0], points[-1])
+        extremes = [value for _, value in kept]
+        assert min(extremes) == values.min() and max(extremes) == values.max()
+
+
+def test_lineage_places_what_was_made_to_the_right_of_what_from(tmp_path: Path) -> None:
+    graph = lineage(quickstart(tmp_path), tmp_path)
+    nodes = {node["id"]: node for node in graph["nodes"]}
+    assert len(nodes) == 5 and len(graph["edges"]) == 5
+    for edge in graph["edges"]:
+        assert nodes[edge["from"]]["column"] < nodes[edge["to"]]["column"]
+    assert len({(node["column"], node["place"]) for node in nodes.values()}) == 5
+    backbone = nodes[f"backbone {FINGERPRINT}"]
+    assert (backbone["kind"], backbone["column"]) == ("backbone", 0)
+    weights = [e["weight"] for e in graph["edges"] if "average" in e["to"]]
+    assert weights == [0.5, 0.5]
+    for node in graph["nodes"]:
+        assert node["card"] is None or (tmp_path / node["card"]).is_file()
+
+
+def test_a_parent_without_a_record_is_drawn_as_such(tmp_path: Path) -> None:
+    merged = averaged(tmp_path, [trained(tmp_path, "topic"), trained(tmp_path, "intent")])
+    kinds = {node["name"]: node["kind"] for node in lineage([merged], tmp_path)["nodes"]}
+    assert kinds == {"topic": "outside", "intent": "outside", merged["brick"]["name"]: "brick"}
+
+
+def test_a_circle_of_parents_ends() -> None:
+    def made(name: str, parent: str) -> Record:
+        parents = [{"name": parent, "version": "1"}]
+        return bare(name, brick={"name": name, "version": "1", "path": ".", "parents": parents})
+
+    assert len(lineage([made("a", "b"), made("b", "a")], Path())["nodes"]) == 2
+
+
+def test_links_stay_right_when_everything_is_moved(tmp_path: Path) -> None:
+    home = tmp_path / "before"
+    shown = view([trained(home, "topic")], home / "pages")
+    (tmp_path / "after").parent.mkdir(exist_ok=True)
+    home.rename(tmp_path / "after")
+    (tmp_path / "after" / "pages").mkdir()
+    for link in (shown["runs"][0]["record"], shown["runs"][0]["brick"]["card"]):
+        assert (tmp_path / "after" / "pages" / link).is_file()
+
+
+def test_the_figure_of_a_run_is_its_tasks_own() -> None:
+    record = bare(
+        "r",
+        cell("r", "t", 0.4, "brick", "mcc"),
+        metrics={"test/accuracy": figure(0.8), "test/mcc": figure(0.4)},
+    )
+    assert view([record], Path())["runs"][0]["figure"]["key"] == "test/mcc"
