@@ -131,7 +131,7 @@ class KVSlot:
             batch: rows of the batch.
 
         Returns:
-            ``[1, heads, q, p + k]``.
+            ``[1 or batch, heads, q, p + k]``.
         """
         p, queries = self.tokens.width(batch), own.shape[2]
         table = module if getattr(module, "has_relative_attention_bias", False) else None
@@ -139,11 +139,17 @@ class KVSlot:
             table = self.stack.relative
         if self.cross or table is None or self.stack is None:
             return nn.functional.pad(own, (p, 0))
-        # The queries stand behind p virtual tokens and whatever the cache holds.
-        front = table.compute_bias(
-            queries, p, device=own.device, past_seen_tokens=p + self.stack.past
-        )
-        return torch.cat([front.to(own.dtype).expand(*own.shape[:3], p), own], dim=-1)
+        # The queries stand behind p virtual tokens and whatever the cache holds; the holes that a
+        # prompt of another row leaves in this one do not count.
+        holes, inverse = self.stack.tokens.holes(batch).unique(return_inverse=True)
+        past = p + self.stack.past
+        kinds = [
+            table.compute_bias(queries, p, device=own.device, past_seen_tokens=past - hole)
+            for hole in holes.tolist()
+        ]
+        front = kinds[0] if len(kinds) == 1 else torch.cat(kinds)[inverse.to(own.device)]
+        own = own.expand(front.shape[0], *own.shape[1:])
+        return torch.cat([front.to(own.dtype), own], dim=-1)
 
 
 def _joined(ahead: Tensor, mask: Tensor, queries: int, dtype: torch.dtype) -> Tensor:

@@ -99,8 +99,8 @@ def group(sources: tuple[Source, ...], weight: Weight) -> Group | None:
 def _refuse_negative(negative: bool) -> None:
     if negative:
         raise UserError(
-            "A brick of virtual tokens has a weight below zero: use 0 to leave it out, 1 to have it "
-            "there, and for keys and values other numbers to have them seen more or less."
+            "A brick of virtual tokens has a weight below zero: use 0 to leave it out, 1 to have "
+            "it, and for keys and values other numbers to have them seen more or less."
         )
 
 
@@ -144,6 +144,13 @@ class VirtualTokens:
         if places is None:
             return torch.ones(batch, self.width(batch), dtype=torch.bool, device=device)
         return (places >= 0).to(device)
+
+    def holes(self, batch: int) -> Tensor:
+        """How many holes each row has in front of its tokens: ``[batch]`` int64 on the CPU."""
+        places = self.layout(batch)
+        if places is None:
+            return torch.zeros(batch, dtype=torch.int64)
+        return (places < 0).sum(dim=1)
 
     def gather(self, source: int, batch: int, like: Tensor) -> Tensor:
         """One source of all groups, laid out: ``[batch, width, …]`` in the dtype of ``like``.

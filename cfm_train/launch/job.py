@@ -216,6 +216,7 @@ def _finish(job: Job, found: Mapping[str, Any], seconds: float) -> dict[str, Any
     """Completes the operation's record with what every run knows, writes it and draws it."""
     from cfm_train.tracking.dashboard import draw
     from cfm_train.tracking.record import new_record, read_record, write_record
+    from cfm_train.tracking.terminal import print_run
 
     known = _known(job, seconds)
     cost = {**known["cost"], **(found.get("cost") or {})}
@@ -226,6 +227,7 @@ def _finish(job: Job, found: Mapping[str, Any], seconds: float) -> dict[str, Any
     if first_process():
         draw([{**record, "folder": str(job.folder)}, *others], job.dashboard_path)
         write_record(record, job.record_path)  # last: its presence means that the run is done
+        print_run(record)
         return dict(read_record(job.record_path))
     return dict(record)
 
@@ -246,8 +248,9 @@ def _fail(job: Job, error: Exception, seconds: float) -> None:
 
 def print_again(job: Job) -> None:
     """The figures of a run that an earlier start finished."""
-    record = job.finished() or {}
-    print(f"This run was finished before (status {record.get('status')}); these are its figures:")
-    for key, figure in record.get("metrics", {}).items():
-        bounds = f"{figure['low']:.4f} to {figure['high']:.4f}, n = {figure['n']}"
-        print(f"  {key:30} {figure['value']:.4f}  ({bounds})")
+    from cfm_train.tracking.terminal import print_run
+
+    record = job.finished()
+    if record is not None:
+        print("This run was finished before; these are its figures:")
+        print_run(record)

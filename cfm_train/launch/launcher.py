@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ from cfm_train.config import sentences, source
 from cfm_train.config.compose import hydra_session, plain
 from cfm_train.config.quoting import encode
 from cfm_train.config.validate import validate
+from cfm_train.errors import UserError
+from cfm_train.tracking.record import read_record
 
 if TYPE_CHECKING:
     from cfm_train.launch.sweep import Planned
@@ -50,9 +53,14 @@ def launch(runs: Sequence[Planned], folder: Path) -> None:
             hydra_context=context, task_function=run_one, config=config
         )
         jobs = [_job(run) for run in runs]
-    results = launcher.launch(jobs, initial_job_idx=0)
+    try:
+        results = list(launcher.launch(jobs, initial_job_idx=0))
+    except Exception as error:  # whatever breaks in an engine: what was finished by then is kept
+        lost = JobReturn(status=JobStatus.FAILED)
+        lost.return_value = error
+        results = [lost] * len(runs)
     for run, result in zip(runs, results, strict=True):
-        run.status, run.error = _read(result)
+        run.status, run.error = _read(run, result)
 
 
 def _job(run: Planned) -> list[str]:
@@ -61,13 +69,19 @@ def _job(run: Planned) -> list[str]:
     return [*ours, f"++tracking.group={encode(run.config['tracking']['group'])}"]
 
 
-def _read(result: JobReturn) -> tuple[str, str | None]:
-    """How a launched run ended; what the launcher itself lost counts as failed."""
+def _read(run: Planned, result: JobReturn) -> tuple[str, str | None]:
+    """How a launched run ended; one that the launcher lost counts if its record says that it is done."""
     if result.status == JobStatus.COMPLETED:
         status, error = result.return_value
         return status, error
-    cause = getattr(result, "_return_value", None)
-    return "failed", f"the launcher lost the run: {cause}"
+    with contextlib.suppress(UserError):
+        if read_record(run.folder)["status"] == "done":
+            return "done", None
+    try:
+        cause: object = result.return_value  # raises what broke the run
+    except Exception as error:
+        cause = error
+    return "failed", f"the launcher lost the run ({type(cause).__name__}: {cause})"
 
 
 def run_one(config: DictConfig) -> tuple[str, str | None]:

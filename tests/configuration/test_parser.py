@@ -97,7 +97,7 @@ REFUSED = [
     ("merge(ties, [a], density)", 18, "merge is written"),
     ("merge(ties, [a], 0.2)", 18, "merge is written"),
     ("merge(ties, x=1, [a])", 21, "come after the bricks"),
-    ("merge(ties, [a], x=)", 20, "cannot stand here"),
+    ("merge(ties, [a], x=)", None, "cannot stand here"),
     ("merge(ties, [a], x=1, x=2)", 1, "twice"),
     ("merge(ties, [a, b], weights=[1])", 1, "1 weights for 2 bricks"),
     ("merge(ties, [a], x=nan)", 20, "no number and no plain word"),

@@ -1,4 +1,4 @@
-"""Many runs from one command: all are checked, the missing ones run, one list of records ends it."""
+"""Many runs from one command: all are checked, the missing ones run, a list of records ends it."""
 
 from __future__ import annotations
 

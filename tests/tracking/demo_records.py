@@ -125,6 +125,7 @@ def quickstart(out: Path) -> list[Record]:
         ]
         record = trained(out, name)
         record["matrix"] += others  # type: ignore[arg-type]
+        write_record(record, Path(record["folder"]) / "record.json")
         records.append(record)
     return [*records, averaged(out, records[:2])]
 

@@ -132,9 +132,26 @@ for seed in range(10**6):
         path.unlink()
 
 
-def test_a_full_disk_leaves_the_old_record() -> None:
-    with pytest.raises(OSError):
-        write_record(new_record(**BARE), "/dev/full/record.json")
+def test_a_full_disk_leaves_the_old_record(tmp_path: Path) -> None:
+    script = """
+import resource, sys
+from cfm_train.tracking.record import new_record, write_record
+bare = dict(operation="train", recipe="r", name="n", seed=0, config_hash="ab")
+write_record(new_record(**bare), sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # the file system takes no more bytes
+long = [{"input": "x" * 9000, "prediction": "", "reference": ""}]
+try:
+    write_record(new_record(**bare, samples=long), sys.argv[1])
+except OSError as error:
+    print(error.strerror)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "record.json")],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "File too large\n"
+    assert read_record(tmp_path)["samples"] == []
+    assert [file.name for file in tmp_path.iterdir()] == ["record.json"]
 
 
 def test_reading_records_imports_nothing_heavy() -> None:
