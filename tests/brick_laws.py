@@ -63,8 +63,13 @@ def unplugs_exactly(make: Make, family: str) -> None:
         assert backbone.checksum() == checksum
 
 
-def rows_are_their_own(make: Make, family: str, scale: float = 0.1) -> None:
-    """Rows of a mixed batch equal their solo runs; rows without a brick equal the bare backbone."""
+def rows_are_their_own(
+    make: Make, family: str, scale: float = 0.1, untouched: float = 1e-6
+) -> None:
+    """Rows of a mixed batch equal their solo runs; rows without a brick equal the bare backbone.
+
+    ``untouched``: how far the latter may be off; kernels change where a row becomes longer.
+    """
     backbone = tiny(family)
     inputs = batch(backbone, rows=4)
     one, two = (random_brick(make, backbone, seed, scale) for seed in (1, 2))
@@ -72,7 +77,7 @@ def rows_are_their_own(make: Make, family: str, scale: float = 0.1) -> None:
     mixed = plugged(backbone, [one, two], inputs, weights)
     alone = [plugged(backbone, [brick], inputs) for brick in (one, two)]
     for row, expected in enumerate((alone[0], alone[1], bare(backbone, inputs), alone[0])):
-        tolerance = 1e-6 if row == 2 else 1e-5
+        tolerance = untouched if row == 2 else 1e-5
         torch.testing.assert_close(mixed[row], expected[row], atol=tolerance, rtol=0)
 
 

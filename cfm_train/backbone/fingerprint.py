@@ -67,13 +67,18 @@ def tokenizer_hash(folder: Path) -> str:
     Raises:
         UserError: the folder has no tokenizer file.
     """
+    return _combined(tokenizer_files(folder))
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The tokenizer files in a backbone's folder; UserError where there is none."""
     files = [folder / name for name in _TOKENIZER_FILES if (folder / name).is_file()]
     if not files:
         raise UserError(
             f"The backbone folder '{folder}' has no tokenizer (no tokenizer.json or vocabulary): "
             "copy the model's tokenizer files into it."
         )
-    return _combined(files)
+    return files
 
 
 def file_hash(path: Path) -> str:

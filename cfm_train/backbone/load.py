@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from cfm_train.backbone.checksum import checksum
-from cfm_train.backbone.fingerprint import fingerprint
+from cfm_train.backbone.dtypes import native_dtype
+from cfm_train.backbone.fingerprint import fingerprint, tokenizer_files
 from cfm_train.backbone.sites import AttentionSite, SiteMap, find_sites
 from cfm_train.backbone.spec import ResolvedBackbone
 from cfm_train.backbone.trace import quiet
@@ -121,39 +122,6 @@ class Backbone(nn.Module):
         return checksum(self.model)
 
 
-def native_dtype(device: torch.device | str = "cpu") -> torch.dtype:
-    """bfloat16 where the device multiplies it natively, else float32.
-
-    Args:
-        device: where the backbone will run.
-
-    Returns:
-        ``torch.bfloat16`` or ``torch.float32``; emulated bfloat16 is slower than float32.
-    """
-    device = torch.device(device)
-    if device.type == "cuda":
-        # From Ampere (8.0) on; `torch.cuda.is_bf16_supported` also counts emulation.
-        native = torch.cuda.get_device_capability(device)[0] >= 8 and torch.version.hip is None
-        native = native or (torch.version.hip is not None and torch.cuda.is_bf16_supported(False))
-    else:
-        native = device.type == "cpu" and bool(cpu_bfloat16_flags())
-    return torch.bfloat16 if native else torch.float32
-
-
-def cpu_bfloat16_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
-    """The flags of this processor that stand for bfloat16 products; empty where there are none.
-
-    x86 names them ``avx512_bf16`` and ``amx_bf16``, 64-bit Arm ``bf16``; a system without
-    ``/proc/cpuinfo`` counts as having none, because a wrong guess costs an order of magnitude.
-    """
-    try:
-        lines = cpuinfo.read_text(errors="replace").splitlines()
-    except OSError:
-        return set()
-    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
-    return set(flags.partition(":")[2].split()) & {"avx512_bf16", "amx_bf16", "bf16"}
-
-
 def load_backbone(
     resolved: ResolvedBackbone, *, dtype: str = "auto", device: torch.device | str = "cpu"
 ) -> Backbone:
@@ -188,7 +156,7 @@ def load_backbone(
     nn.Module.to(model, torch.device(device))
     return Backbone(
         model,
-        load_tokenizer(resolved.folder),
+        load_tokenizer(resolved.folder, _vocabulary(model)),
         sites,
         Slots(model, sites),
         family=family,
@@ -198,14 +166,22 @@ def load_backbone(
     )
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a backbone folder, with a padding token and unchanged vocabulary.
+def load_tokenizer(folder: Path, vocabulary: int | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a backbone folder, with a padding token that the backbone can embed.
+
+    Args:
+        folder: the backbone's folder.
+        vocabulary: how many tokens it embeds; None if that is of no interest.
+
+    Returns:
+        The tokenizer; its vocabulary is unchanged.
 
     Raises:
         UserError: the folder has no tokenizer that transformers can read.
     """
     from transformers import AutoTokenizer
 
+    tokenizer_files(folder)  # without any, transformers makes up an empty tokenizer
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
@@ -216,12 +192,19 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"The backbone folder '{folder}' has no tokenizer that can be read "
             f"({_first_line(error)}): copy the model's tokenizer files into it."
         ) from error
-    if tokenizer.pad_token_id is None:
+    pad = tokenizer.pad_token_id
+    if pad is None or (vocabulary is not None and pad >= vocabulary):
         # A padded position is masked, so any token does; a new one would resize the embedding.
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token or tokenizer.unk_token
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+        known = tokenizer.eos_token or tokenizer.bos_token or tokenizer.unk_token
+        tokenizer.pad_token = known or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    """How many tokens the model embeds."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0]
 
 
 def _config(resolved: ResolvedBackbone) -> Any:

@@ -1,29 +1,50 @@
-"""Attention masks that grow by virtual tokens in front, in every form that transformers hands on.
+"""Attention masks that grow by virtual tokens in front, in every form that transformers hands on:
 
-None                           every token sees every token, or every one before it
-[batch, tokens]                1 for a real token, 0 for padding
-[batch, heads, q, k]           boolean (True = sees) or additive, as generation makes them for a
-                               cache of fixed size
-{kind of layer: mask}          one for each kind of attention
+    None                    every token sees every token, or every one before it
+    [batch, tokens]         1 for a real token, 0 for padding
+    [batch, heads, q, k]    boolean (True = sees) or additive, a caller's own
+
+or, made by generation for a cache of fixed size, one of these for each kind of layer.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 
+def of_first_pass(mask: Tensor | Mapping[str, Tensor | None] | None, length: int) -> Tensor | None:
+    """The mask of the tokens themselves, from what generation made for a cache of fixed size.
+
+    That cannot be lengthened: it was made for the cache's places, in which virtual tokens will lie.
+    A token is real where it sees itself, and the model makes the rest anew.
+
+    Args:
+        mask: any mask of generation, before anything lies in the cache.
+        length: tokens of the pass.
+
+    Returns:
+        ``[batch, length]``, or None.
+    """
+    if isinstance(mask, Mapping):
+        mask = next((part for part in mask.values() if part is not None), None)
+    if mask is None or mask.ndim != 4:
+        return mask
+    itself = mask[:, 0, :, :length].diagonal(dim1=1, dim2=2)
+    return itself.long() if itself.dtype == torch.bool else (itself >= 0).long()
+
+
 def with_virtual(
-    mask: Any,
+    mask: Tensor | None,
     seen: Tensor,
     *,
     inserted: bool,
     real: int,
     causal: bool,
     packed: Tensor | None = None,
-) -> Any:
+) -> Tensor | None:
     """A mask that covers the virtual tokens too.
 
     Args:
@@ -38,11 +59,6 @@ def with_virtual(
     Returns:
         None where every row sees all its virtual tokens and there was no mask.
     """
-    if isinstance(mask, dict):
-        return {
-            kind: with_virtual(part, seen, inserted=inserted, real=real, causal=causal)
-            for kind, part in mask.items()
-        }
     if mask is None and packed is not None and causal:
         mask = texts_apart(packed.expand(seen.shape[0], -1))
     if mask is None and bool(seen.all()):

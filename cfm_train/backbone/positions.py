@@ -9,6 +9,8 @@ those that PEFT gives it.
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 
@@ -37,12 +39,18 @@ def first_position(table: nn.Embedding | None) -> int:
 
 
 def alone(
-    ids: Tensor | None, length: int, before: int, table: nn.Embedding | None, device: torch.device
+    ids: Tensor | None,
+    mask: Tensor | None,
+    length: int,
+    before: int,
+    table: nn.Embedding | None,
+    device: torch.device,
 ) -> Tensor:
     """The positions that a stack gives its tokens by itself: ``[1 or batch, length]`` int64.
 
     Args:
         ids: token ids ``[batch, length]``, None where embeddings were given.
+        mask: ``[batch, before + length]``, or None.
         length: tokens of the pass.
         before: real tokens that lie in the cache.
         table: the table of learned positions.
@@ -52,7 +60,15 @@ def alone(
     if padding is not None and ids is not None:
         real = ids.ne(padding).long()
         return (real.cumsum(1) + before) * real + padding
+    if mask is not None and mask.ndim == 2 and table is not None and _counts_by_mask(table):
+        real = mask.long()
+        return (real.cumsum(1) * real - 1)[:, before:]
     return (torch.arange(length, device=device) + before + first_position(table))[None]
+
+
+def _counts_by_mask(table: nn.Embedding) -> bool:
+    """Whether a table numbers tokens by the mask, as OPT's does."""
+    return "attention_mask" in inspect.signature(table.forward).parameters
 
 
 def behind(

@@ -98,13 +98,13 @@ class PromptSlot:
 
 
 def _stack_module(model: nn.Module, site: Site) -> nn.Module | None:
-    """The nearest module above an `embed` site that takes ids or embeddings."""
+    """The nearest module above an `embed` site that takes ids or embeddings, and a mask."""
     path = site.module
     while path:
         path = path.rpartition(".")[0]
         module = model.get_submodule(path)
-        names = inspect.signature(module.forward).parameters
-        if "input_ids" in names and "inputs_embeds" in names and hasattr(module, "config"):
+        taken = inspect.signature(module.forward).parameters
+        if all(name in taken for name in ("input_ids", "inputs_embeds", "attention_mask")):
             return module
     return None
 

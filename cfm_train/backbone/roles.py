@@ -11,13 +11,13 @@ What has two answers gets no site: its name is kept with the reason, and asking 
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from cfm_train.backbone.ranges import Ranges, clip, minus, shifted, size
+from cfm_train.backbone.draft import Draft, listed
+from cfm_train.backbone.ranges import minus
 from cfm_train.backbone.sites import AttentionSite, Site, SiteMap
 from cfm_train.backbone.trace import Product, Result, Scores, Trace
 from cfm_train.errors import UserError
@@ -54,34 +54,31 @@ def assign(trace: Trace) -> SiteMap:
 class _Assigner:
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
-        self.model: nn.Module = trace.model
-        self.title = type(trace.model).__name__
+        self.draft = Draft(trace)
         self.two_stacks = bool(trace.model.config.is_encoder_decoder)
-        self.sites: list[Site] = []
-        self.absent: dict[str, str] = {}
-        self.lists = {n for n, m in self.model.named_modules() if isinstance(m, nn.ModuleList)}
-        by_base = {product.base: product for product in trace.products}
-        self.products = [by_base[base] for base in sorted(by_base)]
-        self.bases = sorted(by_base)
+        modules = trace.model.named_modules()
+        self.lists = {path for path, module in modules if isinstance(module, nn.ModuleList)}
 
     def run(self) -> SiteMap:
         blocks = self._blocks()
-        self.hidden_size = blocks[0].outputs[0].out_features
-        stacks = {s: self._layers(s, [b for b in blocks if b.stack == s]) for s in _stacks(blocks)}
+        names = dict.fromkeys(block.stack for block in blocks)
+        stacks = {s: self._layers([b for b in blocks if b.stack == s]) for s in names}
+        first_layer, output = next(iter(stacks.values()))[0], blocks[0].outputs[0]
+        self.draft.hidden_size = self.trace.widths.get(first_layer, output.out_features)
         self._embeddings()
         for stack, layers in stacks.items():
             self._outer_norms(stack, stacks, before=True)
             for number, path in enumerate(layers):
                 name = f"{stack}layer.{number}"
                 inside = [b for b in blocks if _under(b.scores.module, path)]
-                self._module(name, path, "layer")
+                self.draft.module(name, path, "layer")
                 self._attention(name, inside)
                 self._feed_forward(name, path, inside)
                 self._norms(name, path, blocks)
             self._outer_norms(stack, stacks, before=False)
         self._head()
         counts = {stack: len(layers) for stack, layers in stacks.items()}
-        return SiteMap(self.sites, self.hidden_size, counts, self.absent)
+        return SiteMap(self.draft.sites, self.draft.hidden_size, counts, self.draft.absent)
 
     # -- attention --------------------------------------------------------------------------------
 
@@ -95,7 +92,7 @@ class _Assigner:
             outputs = {p.module: p for p in self.trace.products if number in p.attention}
             if len(real) != 1 or not outputs:
                 raise UserError(
-                    f"The sites of '{self.title}' cannot be found: attention in "
+                    f"The sites of '{self.draft.title}' cannot be found: attention in "
                     f"'{every[0].module}' has {len(real)} pairs of queries and keys and "
                     f"{len(outputs)} output projections. Use another backbone."
                 )
@@ -107,12 +104,12 @@ class _Assigner:
             blocks.setdefault(scores.module, block)
         if not blocks:
             raise UserError(
-                f"'{self.title}' has no attention that could be followed: its sites cannot be "
-                "found. Use a transformer as backbone."
+                f"'{self.draft.title}' has no attention that could be followed: its sites cannot "
+                "be found. Use a transformer as backbone."
             )
         return list(blocks.values())
 
-    def _layers(self, stack: str, blocks: Sequence[_Block]) -> list[str]:
+    def _layers(self, blocks: Sequence[_Block]) -> list[str]:
         """Paths of a stack's layers in the order in which they run."""
         found: set[str] = set()
         for block in blocks:
@@ -124,8 +121,8 @@ class _Assigner:
                     break
         if len(found) != 1:
             raise UserError(
-                f"The layers of '{self.title}' cannot be told: its attention lies in {len(found)} "
-                f"lists of modules{_listed(found)}. Use another backbone."
+                f"The layers of '{self.draft.title}' cannot be told: its attention lies in "
+                f"{len(found)} lists of modules{listed(found)}. Use another backbone."
             )
         parent = found.pop()
         ran = self.trace.ran
@@ -146,13 +143,13 @@ class _Assigner:
     def _attention(self, layer: str, blocks: Iterable[_Block]) -> None:
         for block in blocks:
             seen, name = block.scores, f"{layer}.{'cross' if block.cross else 'attn'}"
-            self.sites.append(
+            self.draft.sites.append(
                 AttentionSite(
                     name,
                     seen.module,
                     "attention",
-                    self.hidden_size,
-                    self.hidden_size,
+                    self.draft.hidden_size,
+                    self.draft.hidden_size,
                     heads=seen.heads,
                     kv_heads=seen.kv_heads,
                     head_dim=seen.head_dim,
@@ -160,11 +157,11 @@ class _Assigner:
                     kv=seen.module in self.trace.ports and self.trace.model._supports_sdpa,
                 )
             )
-            self._parts(name, {"q": seen.query, "k": seen.key, "v": block.result.value})
+            self.draft.parts(name, {"q": seen.query, "k": seen.key, "v": block.result.value})
             if len(block.outputs) == 1:
-                self._linear(f"{name}.o", block.outputs[0])
+                self.draft.linear(f"{name}.o", block.outputs[0])
             else:
-                self._refuse(f"{name}.o", {p.module for p in block.outputs})
+                self.draft.refuse(f"{name}.o", {p.module for p in block.outputs})
 
     # -- feed-forward -----------------------------------------------------------------------------
 
@@ -174,39 +171,40 @@ class _Assigner:
         taken = {p.module for b in blocks for p in b.outputs}
         downs: dict[str, Product] = {}
         for product in self.trace.products:
-            inner = [m for m in self._modules_of(product.active) if _under(m.module, path)]
+            inner = [m for m in self.draft.products_of(product.active) if _under(m.module, path)]
             if inner and _under(product.module, path) and product.module not in taken:
                 downs.setdefault(product.module, product)
         for module in experts:
-            self._module(f"{layer}.ffn.experts", module, "experts")
+            self.draft.module(f"{layer}.ffn.experts", module, "experts")
             for role in ("gate", "up", "down"):
-                self.absent[f"{layer}.ffn.{role}"] = (
+                self.draft.absent[f"{layer}.ffn.{role}"] = (
                     f"The experts of '{layer}' share three-dimensional weights in '{module}', "
                     "which have no sites of their own: use attn.* or ffn.experts."
                 )
         if len(downs) > 1:
             for role in ("gate", "up", "down"):
-                self._refuse(f"{name}.{role}", downs)
+                self.draft.refuse(f"{name}.{role}", downs)
         elif downs:
             down = next(iter(downs.values()))
             gate, up = down.active, minus(down.plain, down.active)
-            self._parts(name, {"gate": gate, "up": up} if up else {"up": gate})
-            self._linear(f"{name}.down", down)
+            self.draft.parts(name, {"gate": gate, "up": up} if up else {"up": gate})
+            self.draft.linear(f"{name}.down", down)
 
     # -- what is around ---------------------------------------------------------------------------
 
     def _norms(self, layer: str, path: str, blocks: Sequence[_Block]) -> None:
-        """Norms of the residual stream; those of queries and keys lie inside the attention."""
-        inner = [b.scores.module for b in blocks]
+        """Norms of the residual stream; those of queries and keys run before the output."""
+        ran = self.trace.ran
+        inner = [(b.scores.module, ran.get(b.outputs[0].module, len(ran))) for b in blocks]
         norms = [
             norm
-            for norm, width in self.trace.norms.items()
+            for norm in self.trace.norms
             if _under(norm, path)
-            and width == self.hidden_size
-            and not any(_under(norm, attention) for attention in inner)
+            and self.trace.widths[norm] == self.draft.hidden_size
+            and not any(_under(norm, attention) and ran[norm] < end for attention, end in inner)
         ]
         for number, norm in enumerate(norms):
-            self._module(f"{layer}.norm.{number}", norm, "norm")
+            self.draft.module(f"{layer}.norm.{number}", norm, "norm")
 
     def _outer_norms(self, stack: str, stacks: dict[str, list[str]], *, before: bool) -> None:
         """The norm after the embedding, and the norm after the last layer."""
@@ -216,8 +214,8 @@ class _Assigner:
         ran = self.trace.ran
         norms = [
             norm
-            for norm, width in self.trace.norms.items()
-            if width == self.hidden_size
+            for norm in self.trace.norms
+            if self.trace.widths[norm] == self.draft.hidden_size
             and (len(stacks) == 1 or _under(norm, root))
             and not any(_under(norm, layer) for layer in every)
             and (ran[norm] < ran[layers[0]]) == before
@@ -225,112 +223,29 @@ class _Assigner:
         # In a prediction head there may be more: those are no part of the stack.
         inside = [norm for norm in norms if _under(norm, root)] or norms
         if len(inside) == 1:
-            self._module(f"{stack}{'embed_norm' if before else 'norm'}", inside[0], "norm")
+            self.draft.module(f"{stack}{'embed_norm' if before else 'norm'}", inside[0], "norm")
 
     def _embeddings(self) -> None:
+        """Where token ids are looked up; one module may serve both stacks."""
+        names = {1: "encoder.embed", 2: "decoder.embed", 3: "embed"}
         found: dict[str, list[str]] = {}
         for path, bits in self.trace.embeddings.items():
-            if not self.two_stacks or bits == 3:
-                names = ["embed"]
-            else:
-                names = ["decoder.embed" if bits & _DECODER else "encoder.embed"]
-            for name in names:
-                found.setdefault(name, []).append(path)
+            found.setdefault(names[bits] if self.two_stacks else "embed", []).append(path)
         for name, paths in found.items():
             if len(paths) > 1:
-                self._refuse(name, paths)
+                self.draft.refuse(name, paths)
                 continue
-            weight = self.model.get_submodule(paths[0]).weight
+            weight = self.trace.model.get_submodule(paths[0]).weight
             assert isinstance(weight, Tensor)
-            self.sites.append(Site(name, paths[0], "embed", weight.shape[0], weight.shape[1]))
+            self.draft.sites.append(Site(name, paths[0], "embed", weight.shape[0], weight.shape[1]))
 
     def _head(self) -> None:
-        owners = self._modules_of(self.trace.head)
+        owners = self.draft.products_of(self.trace.head)
         if len(owners) == 1:
-            self._linear("head", owners[0], kind="head")
+            self.draft.linear("head", owners[0], kind="head")
         elif owners:
-            self._refuse("head", {p.module for p in owners})
-
-    # -- sites ------------------------------------------------------------------------------------
-
-    def _parts(self, prefix: str, roles: dict[str, Ranges]) -> None:
-        """One site for each role, and one for a module that carries several of them."""
-        owners: dict[str, Product] = {}
-        for role, labels in roles.items():
-            modules = self._modules_of(labels)
-            others = [x for r, x in roles.items() if r != role]
-            if len(modules) != 1 or any(minus(labels, x) != labels for x in others):
-                self._refuse(f"{prefix}.{role}", {p.module for p in modules})
-                continue
-            owners[role] = modules[0]
-            self._linear(f"{prefix}.{role}", modules[0], labels)
-        for product in {p.base: p for p in owners.values()}.values():
-            shared = [role for role, owner in owners.items() if owner.base == product.base]
-            if len(shared) > 1:
-                joint = "" if len(shared[0]) == 1 else "_"
-                self._linear(f"{prefix}.{joint.join(shared)}", product)
-
-    def _linear(
-        self,
-        name: str,
-        product: Product,
-        labels: Ranges | None = None,
-        kind: str | None = None,
-    ) -> None:
-        if not product.is_output:
-            self.absent[name] = (
-                f"The projection '{name}' is computed inside of '{product.module}' and is not its "
-                "output: nothing can be plugged in there."
-            )
-            return
-        rows = None
-        if labels is not None and size(labels) < product.out_features:
-            rows = shifted(labels, -product.base)
-        self.sites.append(
-            Site(
-                name,
-                product.module,
-                kind or ("conv1d" if product.transposed else "linear"),
-                product.in_features,
-                product.out_features if rows is None else size(rows),
-                rows,
-                product.transposed,
-                self._has_bias(product.module),
-            )
-        )
-
-    def _module(self, name: str, path: str, kind: str) -> None:
-        width, bias = self.hidden_size, self._has_bias(path)
-        self.sites.append(Site(name, path, kind, width, width, bias=bias))
-
-    def _has_bias(self, path: str) -> bool:
-        return getattr(self.model.get_submodule(path), "bias", None) is not None
-
-    def _modules_of(self, labels: Ranges) -> list[Product]:
-        """The products that the labels belong to (token ids have labels too, but no product)."""
-        found: dict[int, Product] = {}
-        for start, stop in labels:
-            first = max(bisect_right(self.bases, start) - 1, 0)
-            last = bisect_right(self.bases, stop - 1)
-            for product in self.products[first:last]:
-                if clip(((start, stop),), product.base, product.base + product.out_features):
-                    found[product.base] = product
-        return list(found.values())
-
-    def _refuse(self, name: str, modules: Iterable[str]) -> None:
-        self.absent[name] = (
-            f"The site '{name}' of '{self.title}' is ambiguous{_listed(modules)}: choose others."
-        )
-
-
-def _stacks(blocks: Iterable[_Block]) -> list[str]:
-    return list(dict.fromkeys(block.stack for block in blocks))
+            self.draft.refuse("head", {p.module for p in owners})
 
 
 def _under(path: str, root: str) -> bool:
     return not root or path == root or path.startswith(root + ".")
-
-
-def _listed(names: Iterable[str]) -> str:
-    shown = ", ".join(f"'{n}'" for n in sorted(names))
-    return f" ({shown})" if shown else ""

@@ -13,10 +13,10 @@ the model instead of reading names (`trace.py`, `roles.py`), and refuses what it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cfm_train.errors import UserError, nearest
 
@@ -112,7 +112,12 @@ class SiteMap(Mapping[str, Site]):
         except KeyError:
             if name in self.absent:
                 raise UserError(self.absent[name]) from None
-            raise UserError(f"The backbone has no site '{name}'.{self._hint(name)}") from None
+            hint = nearest(name, self._sites)
+            raise UserError(f"The backbone has no site '{name}'.{hint}") from None
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The site of that name, or ``default``."""
+        return self._sites.get(name, default)
 
     def __contains__(self, name: object) -> bool:
         return name in self._sites
@@ -152,7 +157,8 @@ class SiteMap(Mapping[str, Site]):
                     raise UserError(reason)
             found = [name for name in self._sites if _fits(pattern, name)]
             if not found:
-                raise UserError(f"The backbone has no site '{pattern}'.{self._hint(pattern)}")
+                hint = nearest(pattern, _tails(self._sites))
+                raise UserError(f"The backbone has no site '{pattern}'.{hint}")
             wanted.update(found)
         for number in layers or []:
             if not any(-count <= number < count for count in self.layers.values()):
@@ -168,9 +174,6 @@ class SiteMap(Mapping[str, Site]):
         if layers is None or layer is None:
             return True
         return layer in layers or layer - self.layers[stack] in layers
-
-    def _hint(self, name: str) -> str:
-        return nearest(name, {_without_numbers(n) for n in self._sites} | _tails(self._sites))
 
 
 def find_sites(model: PreTrainedModel) -> SiteMap:
@@ -215,6 +218,7 @@ def _without_numbers(name: str) -> str:
     return ".".join(part for part in name.split(".") if not part.isdigit())
 
 
-def _tails(names: Mapping[str, Site]) -> set[str]:
-    """What people usually write: the last two words of a name (``attn.q``)."""
-    return {".".join(_without_numbers(name).split(".")[-2:]) for name in names}
+def _tails(names: Iterable[str]) -> set[str]:
+    """What people usually write: names without numbers, and their last two words (``attn.q``)."""
+    plain = {_without_numbers(name) for name in names}
+    return plain | {".".join(name.split(".")[-2:]) for name in plain}

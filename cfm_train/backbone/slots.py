@@ -7,7 +7,7 @@ result goes on untouched: unplugging is exact because nothing was ever added to 
 What a brick puts into a slot is one of five plugs:
 
     Together out += …, all bricks in one call  (LoRA, DoRA: `bricks/bank.py`)
-    Out      out  = fn(call)                   (IA3, adapters, biases, steering vectors)
+    Out      out  = fn(call)                   (IA3, adapters, biases, steering vectors, PEFT's tuners)
     In       x    = fn(call)                   (IA3 on the feed-forward's input)
     KV       attention sees extra keys, values (prefix tuning, cartridges; see `attention.py`)
     Prompt   virtual tokens before the input   (soft prompts; see `prompts.py`)
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from cfm_train.backbone.attention import KVSlot, Recorded
+from cfm_train.backbone.company import refuse_company
 from cfm_train.backbone.prompts import PromptSlot
 from cfm_train.backbone.sites import AttentionSite, Site, SiteMap
 from cfm_train.backbone.virtual import Source, Weight
@@ -77,11 +78,16 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Out:
-    """Replaces a site's output by ``fn(call)``; ``reads`` names a site whose input is kept for it."""
+    """Replaces a site's output by ``fn(call)``.
+
+    ``reads`` names a site whose input is kept for it; ``alone`` refuses other bricks on the same rows
+    of the site's module.
+    """
 
     site: str
     fn: Callable[[Call], Tensor]
     reads: str | None = None
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +212,8 @@ class Slots:
             weights: one weight for each brick, see the module's docstring.
 
         Raises:
-            UserError: a site does not exist, or a plug does not fit its site.
+            UserError: a site does not exist, a plug does not fit its site, or one that needs the
+                site alone has company.
         """
         plan = list(zip(bricks, weights or [None] * len(bricks), strict=True))
         wanted = [(plug, weight) for brick, weight in plan for plug in brick.plugs()]
@@ -214,6 +221,8 @@ class Slots:
         try:
             for plug, weight in wanted:
                 self._place(plug, weight)
+            for path, slot in self._modules.items():
+                refuse_company(path, [*slot.together, *slot.outs, *slot.ins])
         except UserError:
             self.unplug()
             raise
@@ -264,6 +273,11 @@ class Slots:
             raise UserError(
                 f"Site '{site.name}' is no attention, so it takes no keys and values."
                 f"{nearest(site.name, self._kv)}"
+            )
+        if not self._kv[site.name].site.kv:
+            raise UserError(
+                f"The backbone computes attention at '{site.name}' in a way of its own, which takes no "
+                "keys and values from outside: choose lora or soft_prompt for it."
             )
         return self._kv[site.name]
 

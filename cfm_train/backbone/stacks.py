@@ -12,6 +12,7 @@ carries a note of them, and only mask and positions move. Nothing plugged, nothi
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,8 +24,28 @@ from cfm_train.backbone.sites import Site
 from cfm_train.backbone.virtual import Group, VirtualTokens, spread
 from cfm_train.errors import UserError
 
-#: Where a cache notes the virtual tokens that it holds: ``[rows, width]`` bool.
+#: The attribute in which a cache carries its `Note`.
 NOTE = "_cfm_virtual"
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What a cache holds in front of the tokens that were generated.
+
+    Attributes:
+        seen: ``[rows, p]`` bool, its virtual tokens, False in a hole.
+        mask: ``[rows, tokens]``, 1 for the real ones of the first pass; None where all are.
+    """
+
+    seen: Tensor
+    mask: Tensor | None
+
+    def lengthened(self, batch: int, length: int, device: torch.device) -> Tensor | None:
+        """The mask after more tokens have come, all of them real: ``[batch, length]``."""
+        if self.mask is None:
+            return None
+        mask = spread(self.mask, batch).to(device)
+        return nn.functional.pad(mask, (0, length - mask.shape[1]), value=1)
 
 
 class Stack:
@@ -57,7 +78,7 @@ class Stack:
         self.past = 0
         self.keeps = False
         self.feeds: Stack | None = None
-        self._inserted: Tensor | None = None  # what the pass that is running has put in
+        self._inserted: Note | None = None  # what the pass that is running has put in
         module.register_forward_pre_hook(self._before, with_kwargs=True)
         module.register_forward_hook(self._after)
 
@@ -77,7 +98,7 @@ class Stack:
         """Forward pre-hook: lengthens the stack's input."""
         kwargs = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         cache = kwargs.get("past_key_values")
-        noted: Tensor | None = getattr(cache, NOTE, None)
+        noted: Note | None = getattr(cache, NOTE, None)
         across = self.feeds is not None and bool(self.feeds.tokens)
         if not (self.tokens or self.moved or noted is not None or across):
             return None
@@ -85,14 +106,22 @@ class Stack:
         some: Tensor = kwargs["inputs_embeds"] if ids is None else ids
         batch, length = some.shape[:2]
         self.past = 0 if cache is None else int(cache.get_seq_length())
+        if noted is not None and not self.past:
+            delattr(cache, NOTE)  # the cache has been emptied since
         seen = self._seen(noted, batch, some.device)
         inserted = seen is not None and not self.past
         before = self.past - (seen.shape[1] if seen is not None and not inserted else 0)
+        mask = kwargs.get("attention_mask")
+        if seen is not None and getattr(cache, "is_compileable", False):
+            if noted is not None and not inserted:
+                mask = noted.lengthened(batch, before + length, some.device)
+            else:
+                mask = masks.of_first_pass(mask, length)
         given = kwargs.get("position_ids")
         if self.takes_positions:
             own = given
             if own is None:
-                own = positions.alone(ids, length, before, self.table, some.device)
+                own = positions.alone(ids, mask, length, before, self.table, some.device)
             kwargs["position_ids"] = positions.behind(
                 own,
                 seen,
@@ -103,7 +132,7 @@ class Stack:
             )
         if seen is not None:
             kwargs["attention_mask"] = masks.with_virtual(
-                kwargs.get("attention_mask"),
+                mask,
                 seen,
                 inserted=inserted,
                 real=length + before,
@@ -112,13 +141,14 @@ class Stack:
             )
         if seen is not None and inserted:
             self._insert(kwargs, batch)
-            self._inserted = seen
+            flat = mask is not None and mask.ndim == 2
+            self._inserted = Note(seen, mask if flat else None)
             _make_room(cache, seen.shape[1])
         if across and kwargs.get("encoder_hidden_states") is not None:
             self._look_across(kwargs)
         return (), kwargs
 
-    def _seen(self, noted: Tensor | None, batch: int, device: torch.device) -> Tensor | None:
+    def _seen(self, noted: Note | None, batch: int, device: torch.device) -> Tensor | None:
         """The virtual tokens of this pass or of its cache: ``[batch, p]`` bool, None for none.
 
         Raises:
@@ -131,7 +161,7 @@ class Stack:
                     "A prompt was plugged in after the cache had been filled without it: start the "
                     "generation anew with the brick in place."
                 )
-            return None if noted is None else spread(noted, batch).to(device)
+            return None if noted is None else spread(noted.seen, batch).to(device)
         if not self.tokens or not self.tokens.width(batch):
             return None
         uneven = self.tokens.layout(batch) is not None
@@ -182,13 +212,13 @@ class Stack:
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook: takes the virtual positions off the hidden states."""
-        seen, self._inserted = self._inserted, None
-        if seen is None or self.keeps:
+        note, self._inserted = self._inserted, None
+        if note is None or self.keeps:
             return None
-        p = seen.shape[1]
+        p = note.seen.shape[1]
         for part in output if isinstance(output, tuple) else output.values():
             if isinstance(part, Cache):
-                object.__setattr__(part, NOTE, seen)
+                object.__setattr__(part, NOTE, note)
         if isinstance(output, tuple):
             return (output[0][:, p:], *output[1:])
         output.last_hidden_state = output.last_hidden_state[:, p:]

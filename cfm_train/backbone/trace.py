@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from cfm_train.backbone.ranges import Ranges
 from cfm_train.errors import UserError
@@ -104,11 +105,12 @@ class Trace:
     Attributes:
         model: the model on the meta device.
         products, scores, results: see there.
-        norms: paths of normalising modules and their widths.
+        norms: paths of normalising modules.
         embeddings: paths of modules that token ids were looked up in, with the ids' bits.
         ports: paths of modules that call transformers' attention function.
         experts: paths of modules with products over three-dimensional weights.
         ran: paths of all modules that ran, numbered.
+        widths: widths of their outputs (of the first one where there are several).
         head: labels of the logits.
     """
 
@@ -116,11 +118,12 @@ class Trace:
     products: list[Product] = field(default_factory=list)
     scores: list[Scores] = field(default_factory=list)
     results: list[Result] = field(default_factory=list)
-    norms: dict[str, int] = field(default_factory=dict)
+    norms: list[str] = field(default_factory=list)
     embeddings: dict[str, int] = field(default_factory=dict)
     ports: set[str] = field(default_factory=set)
     experts: list[str] = field(default_factory=list)
     ran: dict[str, int] = field(default_factory=dict)
+    widths: dict[str, int] = field(default_factory=dict)
     head: Ranges = ()
 
 
@@ -136,13 +139,13 @@ def trace(model: PreTrainedModel) -> Trace:
     Raises:
         UserError: the model needs values to decide what it computes, so it cannot be traced.
     """
-    from cfm_train.backbone.watcher import ListIndices, Watcher
+    from cfm_train.backbone.watcher import Watcher
 
     try:
         with quiet(), torch.no_grad():
             record = Trace(_twin(model))
             watcher = Watcher(record)
-            with watcher.hooks(), torch.device("meta"), ListIndices():
+            with watcher.hooks(), torch.device("meta"), _ListIndices():
                 inputs = _inputs(record.model)
                 for bit, ids in enumerate(inputs[k] for k in _ID_KEYS if k in inputs):
                     watcher.mark_ids(ids, 1 << bit)
@@ -158,6 +161,18 @@ def trace(model: PreTrainedModel) -> Trace:
             f"without values ({type(error).__name__}: {reason}). Use another backbone."
         ) from error
     return record
+
+
+class _ListIndices(TorchFunctionMode):
+    """Keeps the values of lists that tensors are indexed with: ``t[..., [-2], :]``."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__getitem__ and isinstance(args[1], tuple):
+            index = tuple(
+                torch.tensor(i, device="cpu") if isinstance(i, list) else i for i in args[1]
+            )
+            args = (args[0], index)
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

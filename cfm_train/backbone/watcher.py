@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -42,18 +41,6 @@ _ACTIVATION = _names(
 _NORM = _names("native_layer_norm _fused_rms_norm rsqrt sqrt linalg_vector_norm")
 #: Operations whose elements depend on many others: what follows is no single feature any more.
 _OPAQUE = _names("convolution cumsum sort topk gather scatter")
-
-
-class ListIndices(TorchFunctionMode):
-    """Keeps the values of lists that tensors are indexed with: ``t[..., [-2], :]``."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.__getitem__ and isinstance(args[1], tuple):
-            index = tuple(
-                torch.tensor(i, device="cpu") if isinstance(i, list) else i for i in args[1]
-            )
-            args = (args[0], index)
-        return func(*args, **(kwargs or {}))
 
 
 class Watcher(TorchDispatchMode):
@@ -101,10 +88,14 @@ class Watcher(TorchDispatchMode):
     def _leave(self, path: str) -> Any:
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             self._stack.pop()
-            if not isinstance(output, Tensor):
+            output = output[0] if isinstance(output, tuple) and output else output
+            if not isinstance(output, Tensor) or not output.ndim:
                 return
-            if path in self._normalised:
-                self.record.norms.setdefault(path, output.shape[-1])
+            self.record.widths[path] = output.shape[-1]
+            # A table of positions may be normalised as well: it depends on no token.
+            normed = path in self._normalised and self._flow(output).inputs
+            if normed and path not in self.record.norms:
+                self.record.norms.append(path)
             product = self.record.products[-1] if self.record.products else None
             if product is not None and product.module == path:
                 product.is_output = self._is_output(product, output)

@@ -84,6 +84,18 @@ class Brick(nn.Module, ABC):
     def plugs(self) -> Iterable[Plug]:
         """What the brick puts into the backbone's slots; called each time a plan is made."""
 
+    def penalty(self) -> Tensor | None:
+        """What the kind adds to each training step's loss, a scalar; None for nothing."""
+        return None
+
+    def after_step(self, step: int, total: int) -> None:  # noqa: B027 (most kinds do nothing)
+        """Called in training after each optimiser step, while its gradients are still there.
+
+        Args:
+            step: optimiser steps done, from 1 on.
+            total: optimiser steps of the whole run.
+        """
+
     def tensors(self) -> dict[str, Tensor]:
         """The brick's own parameters by name, without its heads: what a version is hashed from."""
         return {

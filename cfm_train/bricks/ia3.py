@@ -3,9 +3,9 @@
     y = l ⊙ (W x + b)  at attention's k and v         y = W (l ⊙ x) + b  at the feed-forward's down
 
 Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context
-Learning", arXiv 2205.05638. The factors start as one: a new brick changes nothing. On disk the brick
-is PEFT's own format, where a fused module (GPT-2's c_attn) has one vector: of the slices that the
-brick scales, and one elsewhere; ``interface["slices"]`` lets us take it apart again.
+Learning", arXiv 2205.05638. The factors start as one: a new brick changes nothing. On disk the
+brick is PEFT's own format, where a fused module (GPT-2's c_attn) has one vector: of the slices that
+the brick scales, and one elsewhere; ``interface["slices"]`` lets us take it apart again.
 """
 
 from __future__ import annotations
@@ -32,16 +32,11 @@ from cfm_train.bricks.peft_modules import (
     rows_in,
 )
 from cfm_train.errors import UserError
-from cfm_train.library.peft_format import CONFIG_FILE, TENSOR_FILE, aside_tensors
+from cfm_train.library.peft_format import COMPUTED, CONFIG_FILE, TENSOR_FILE, aside_tensors
 
 if TYPE_CHECKING:
     from cfm_train.backbone.load import Backbone
 
-#: Keys of PEFT's IA3Config that we compute, or that decide nothing once an adapter is trained.
-UNDERSTOOD = frozenset(
-    {"target_modules", "exclude_modules", "feedforward_modules", "fan_in_fan_out"}
-    | {"modules_to_save", "init_ia3_weights"}
-)
 SUFFIX = ".ia3_l"
 
 
@@ -158,7 +153,7 @@ class IA3(Brick):
             UserError: a feature we do not compute, a tensor without a site, a shape that differs.
         """
         config = json.loads(files[CONFIG_FILE])
-        check_keys(config, UNDERSTOOD, "ia3", backbone)
+        check_keys(config, COMPUTED["ia3"], "ia3", backbone)
         brick = cls(**(interface.get("hyper") or {"sites": [], "inputs": [], "layers": None}))
         brick.know(backbone)
         tensors = load(files[TENSOR_FILE])
@@ -189,7 +184,7 @@ def scale(values: Tensor, factors: Tensor) -> Tensor:
         values: ``[batch, seq, features]``.
         factors: ``[features]`` float32.
     """
-    # bfloat16 knows nothing between 1 and 1.008: the small part is rounded by itself.
+    # bfloat16 knows nothing between 1 and 1.008: a rounded factor would stand still for long.
     return torch.addcmul(values, values, (factors - 1).to(values.dtype))
 
 

@@ -88,7 +88,8 @@ def check_keys(
         UserError: naming the feature.
     """
     for key, value in config.items():
-        if key not in understood | DESCRIPTIVE and value not in (None, False, {}, [], ""):
+        empty = value is None or value is False or value in ({}, [], "")  # a zero is a value
+        if not empty and key not in understood | DESCRIPTIVE:
             raise UserError(
                 f"The adapter for '{backbone.id}' uses '{key}' ({str(value)[:60]}), which a brick "
                 f"of kind {kind} does not compute: add it with --kind peft, to run it through PEFT."

@@ -154,7 +154,7 @@ def prepare(overrides: Sequence[str], *, sweep: bool = False) -> list[str]:
             raise UserError(f"'{override}' is no override: write key=value; --help shows the keys.")
         if bare == "operation":
             raise UserError("operation is what a recipe says: leave it out and choose the recipe.")
-        if bare.startswith(("hydra.", "hydra/")):
+        if is_hydras(override):
             prepared.append(override)
         elif bare in known or bare == "recipe":
             if equals and not (sweep and set(value) & set(",()")):
@@ -167,6 +167,11 @@ def prepare(overrides: Sequence[str], *, sweep: bool = False) -> list[str]:
     if not any(override.startswith("recipe=") for override in prepared):
         raise UserError("No recipe given: add recipe=<what>/<name>; --help lists them.")
     return prepared
+
+
+def is_hydras(override: str) -> bool:
+    """Whether an override is one of Hydra's own settings, such as the launcher of a sweep."""
+    return override.lstrip("+~").startswith(("hydra.", "hydra/"))
 
 
 def _check_choice(group: str, name: str) -> None:

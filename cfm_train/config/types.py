@@ -7,9 +7,10 @@ YAML is then checked before torch is imported.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le, Lt
+from pydantic import AfterValidator, ValidationInfo
 
 
 @dataclass(frozen=True)
@@ -37,3 +38,15 @@ Rate = Annotated[float, Gt(0)]
 
 #: A figure of at least 0.
 NonNegative = Annotated[float, Ge(0)]
+
+
+def _known_to_peft(options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    from cfm_train.bricks.peft_options import check_options
+
+    if isinstance(info.data.get("tuner"), str):
+        check_options(info.data["tuner"], options)
+    return options
+
+
+#: Options of the PEFT tuner that the argument ``tuner`` before it names.
+TunerOptions = Annotated[dict[str, Any], AfterValidator(_known_to_peft)]

@@ -70,9 +70,10 @@ def cut(rows: list[Row], fraction: float, draw: int) -> tuple[list[Row], list[Ro
     if fraction <= 0 or not rows:
         return rows, []
     draws = [_draw(row, draw) / 2**64 for row in rows]
-    threshold = fraction
-    if len(set(draws)) > 1:  # of a handful of rows the lowest draw is cut and the highest stays
-        threshold = min(max(threshold, min(draws) + 2**-53), max(draws))
+    if len(set(draws)) == 1:  # the same row again and again: it stays where it is
+        return rows, []
+    # Of a handful of rows the lowest draw is cut and the highest stays.
+    threshold = min(max(fraction, min(draws) + 2**-53), max(draws))
     kept = [row for row, number in zip(rows, draws, strict=True) if number >= threshold]
     taken = [row for row, number in zip(rows, draws, strict=True) if number < threshold]
     return kept, taken
@@ -91,18 +92,20 @@ def make_disjoint(splits: dict[str, list[Row]]) -> tuple[dict[str, list[Row]], L
     seen: dict[bytes, tuple[str, str]] = {}
     result: dict[str, list[Row]] = {}
     for name in ("test", "validation", "train"):
-        kept = []
+        kept: list[Row] = []
+        own: dict[bytes, tuple[str, str]] = {}
         for row in splits.get(name, []):
-            holder, at = seen.get(content_hash(row), (None, ""))
+            key = content_hash(row)
+            holder, at = seen.get(key, (None, ""))
             if holder is None:
                 kept.append(row)
+                own.setdefault(key, (name, row["_at"]))
                 continue
             pair = f"{name} in {holder}"
             leaks.counts[pair] = leaks.counts.get(pair, 0) + 1
             if len(leaks.examples) < EXAMPLES:
                 leaks.examples.append(f"{row['_at']} = {at}")
-        for row in kept:
-            seen.setdefault(content_hash(row), (name, row["_at"]))
+        seen |= own  # equal rows within one split are no leak
         result[name] = kept
     return {name: result[name] for name in ("train", "validation", "test")}, leaks
 

@@ -99,9 +99,10 @@ def _show(command: Command) -> int:
 
 
 def _single(overrides: list[str]) -> int:
+    from cfm_train.config.compose import is_hydras
     from cfm_train.launch.job import RunFailed, prepare, print_again
 
-    launchers = [one for one in overrides if one.lstrip("+~").startswith(("hydra.", "hydra/"))]
+    launchers = [one for one in overrides if is_hydras(one)]
     if launchers:
         raise UserError(f"{launchers[0]} counts in a sweep only: add -m, or leave it out.")
     job = prepare(overrides)

@@ -84,11 +84,13 @@ class Job:
             UserError: the run was refused before it had done anything; no folder is left.
             RunFailed: it broke off later; the folder holds a failed record and a log.
         """
+        if not first_process():  # the first one keeps the folder and writes the record
+            return dict(operation_of(self.config).run(self.config, self.inputs, self.folder))
         record = self.finished()
         if record is not None:
             return record
         with _folder(self):
-            return _run(self)
+            return self.finished() or _run(self)  # another process may have just finished it
 
 
 def prepare(overrides: Sequence[str]) -> Job:
@@ -139,11 +141,9 @@ def first_process() -> bool:
 @contextlib.contextmanager
 def _folder(job: Job) -> Iterator[None]:
     """Makes the run folder and holds its lock, so that the same run never goes twice at once."""
-    if not first_process():
-        yield
-        return
     from filelock import FileLock, Timeout
 
+    made = [parent for parent in job.folder.parents if not parent.exists()]
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(job.folder / ".lock")
@@ -159,6 +159,10 @@ def _folder(job: Job) -> Iterator[None]:
         yield
     finally:
         lock.release()
+        if not job.folder.exists():  # refused: what was made for it goes too, where it is empty
+            with contextlib.suppress(OSError):
+                for parent in made:
+                    parent.rmdir()
 
 
 def _run(job: Job) -> dict[str, Any]:
@@ -177,7 +181,8 @@ def _run(job: Job) -> dict[str, Any]:
         raise RunFailed(str(error)) from error
     except Exception as error:
         _fail(job, error, time.monotonic() - started)
-        raise RunFailed(f"{type(error).__name__}: {_first_line(error)}") from error
+        kind = "" if isinstance(error, RunFailed) else f"{type(error).__name__}: "
+        raise RunFailed(f"{kind}{_first_line(error)}") from error
 
 
 def _begun(folder: Path) -> bool:
@@ -224,12 +229,10 @@ def _finish(job: Job, found: Mapping[str, Any], seconds: float) -> dict[str, Any
     others = [read_record(path) for path in found.get("drawn_with", ())]
     own = {key: value for key, value in found.items() if key != "drawn_with"}
     record = new_record(**{**known, **own, "cost": cost})
-    if first_process():
-        draw([{**record, "folder": str(job.folder)}, *others], job.dashboard_path)
-        write_record(record, job.record_path)  # last: its presence means that the run is done
-        print_run(record)
-        return dict(read_record(job.record_path))
-    return dict(record)
+    draw([{**record, "folder": str(job.folder)}, *others], job.dashboard_path)
+    write_record(record, job.record_path)  # last: its presence means that the run is done
+    print_run(record)
+    return dict(read_record(job.record_path))
 
 
 def _fail(job: Job, error: Exception, seconds: float) -> None:

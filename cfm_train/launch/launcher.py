@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig
 
 from cfm_train.config import sentences, source
-from cfm_train.config.compose import hydra_session, plain
+from cfm_train.config.compose import hydra_session, is_hydras, plain
 from cfm_train.config.quoting import encode
 from cfm_train.config.validate import validate
 from cfm_train.errors import UserError
@@ -41,7 +42,7 @@ def launch(runs: Sequence[Planned], folder: Path) -> None:
     with hydra_session(), sentences.translated():
         hydra = GlobalHydra.instance().hydra
         assert hydra is not None
-        settings = [o for o in runs[0].overrides if o.startswith(("hydra.", "hydra/"))]
+        settings = [one for one in runs[0].overrides if is_hydras(one)]
         config = hydra.compose_config(
             config_name="config",
             overrides=[*settings, *own],
@@ -59,18 +60,20 @@ def launch(runs: Sequence[Planned], folder: Path) -> None:
         lost = JobReturn(status=JobStatus.FAILED)
         lost.return_value = error
         results = [lost] * len(runs)
+    if "ray" in sys.modules:  # its workers' last lines come before ours
+        sys.modules["ray"].shutdown()
     for run, result in zip(runs, results, strict=True):
         run.status, run.error = _read(run, result)
 
 
 def _job(run: Planned) -> list[str]:
     """A run's overrides without Hydra's own, and the group that it stands in with the others."""
-    ours = [one for one in run.overrides if not one.startswith(("hydra.", "hydra/"))]
+    ours = [one for one in run.overrides if not is_hydras(one)]
     return [*ours, f"++tracking.group={encode(run.config['tracking']['group'])}"]
 
 
 def _read(run: Planned, result: JobReturn) -> tuple[str, str | None]:
-    """How a launched run ended; one that the launcher lost counts if its record says that it is done."""
+    """How a launched run ended; a lost one counts where its record says that it is done."""
     if result.status == JobStatus.COMPLETED:
         status, error = result.return_value
         return status, error
@@ -81,7 +84,8 @@ def _read(run: Planned, result: JobReturn) -> tuple[str, str | None]:
         cause: object = result.return_value  # raises what broke the run
     except Exception as error:
         cause = error
-    return "failed", f"the launcher lost the run ({type(cause).__name__}: {cause})"
+    first = (str(cause).strip() or "no message").splitlines()[0]
+    return "failed", f"the launcher lost the run ({type(cause).__name__}: {first})"
 
 
 def run_one(config: DictConfig) -> tuple[str, str | None]:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cfm_train.config.compose import compose_prepared, expand
+from cfm_train.config.compose import compose_prepared, expand, is_hydras
 from cfm_train.config.quoting import decode
 from cfm_train.config.validate import validate
 from cfm_train.errors import UserError
@@ -55,8 +55,7 @@ class Planned:
 
 def typed(overrides: Sequence[str]) -> list[str]:
     """Prepared overrides as a person types them, without Hydra's own."""
-    ours = (override for override in overrides if not override.startswith(("hydra.", "hydra/")))
-    return [decode(override.lstrip("+")) for override in ours]
+    return [decode(override.lstrip("+")) for override in overrides if not is_hydras(override)]
 
 
 def sweep(overrides: Sequence[str]) -> int:
@@ -79,8 +78,7 @@ def sweep(overrides: Sequence[str]) -> int:
         return 0
     started = time.monotonic()
     missing = [run for run in runs if run.status == "waiting"]
-    launcher = next((o for o in overrides if o.lstrip("+").startswith("hydra/launcher=")), None)
-    if launcher is None:
+    if not any(one.lstrip("+").startswith("hydra/launcher=") for one in overrides):
         _one_after_another(runs)
     elif missing:
         from cfm_train.launch.launcher import launch

@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("folder", metavar="FOLDER", type=Path)
     one.add_argument("--name", required=True, help="the brick's name")
     one.add_argument("--backbone", help="a backbone's name, folder, Hub id or fingerprint")
-    one.add_argument("--kind", choices=("lora", "peft"), help="insist on a kind")
+    one.add_argument("--kind", choices=("lora", "ia3", "peft"), help="insist on a kind")
     one.add_argument("--licence", help="SPDX identifier (default: that of its own model card)")
     command("verify", _verify, "hash everything again", ref="?")
     one = command("lineage", _lineage, "draw what a brick was made from", ref="1")

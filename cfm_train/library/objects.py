@@ -104,6 +104,9 @@ class ObjectStorage:
     def put(self, path: str, content: Content) -> None:
         """Writes one object; stores show it when it is complete."""
         self.fs.makedirs(self._at(path).rsplit("/", 1)[0], exist_ok=True)
+        if isinstance(content, bytes):
+            self.fs.pipe_file(self._at(path), content)
+            return
         with opened(content) as source, self.fs.open(self._at(path), "wb") as target:
             shutil.copyfileobj(source, target, _PIECE)
 

@@ -16,8 +16,11 @@ from cfm_train.errors import UserError
 
 
 @functools.cache
-def config_keys() -> dict[str, frozenset[str]]:
-    """For each tuner type of PEFT (``LORA``, ``IA3``, …) the keys that its config knows.
+def config_fields() -> dict[str, dict[str, str]]:
+    """For each tuner type of PEFT (``LORA``, ``IA3``, …) the keys of its config with their types.
+
+    Returns:
+        type -> key -> the annotation as it stands in PEFT's source.
 
     Raises:
         UserError: PEFT is not installed.
@@ -31,12 +34,17 @@ def config_keys() -> dict[str, frozenset[str]]:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef):
                 classes[node.name] = node
-    keys = {}
+    fields = {}
     for name, node in classes.items():
         peft_type = _type_of(node)
         if peft_type is not None:
-            keys[peft_type] = frozenset(_fields(name, classes))
-    return keys
+            fields[peft_type] = _fields(name, classes)
+    return fields
+
+
+def config_keys() -> dict[str, frozenset[str]]:
+    """For each tuner type of PEFT the keys that its config knows."""
+    return {peft_type: frozenset(fields) for peft_type, fields in config_fields().items()}
 
 
 def _type_of(node: ast.ClassDef) -> str | None:
@@ -45,16 +53,16 @@ def _type_of(node: ast.ClassDef) -> str | None:
     return match[1] if match else None
 
 
-def _fields(name: str, classes: dict[str, ast.ClassDef]) -> set[str]:
-    """The dataclass fields of a class and of those above it."""
+def _fields(name: str, classes: dict[str, ast.ClassDef]) -> dict[str, str]:
+    """The dataclass fields of a class and of those above it, with their annotations."""
     if name not in classes:
-        return set()
+        return {}
     node = classes[name]
-    fields = {
-        one.target.id
+    fields: dict[str, str] = {}
+    for base in reversed(node.bases):
+        fields |= _fields(ast.unparse(base), classes)
+    return fields | {
+        one.target.id: ast.unparse(one.annotation)
         for one in node.body
         if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)
     }
-    for base in node.bases:
-        fields |= _fields(ast.unparse(base), classes)
-    return fields

@@ -1,11 +1,11 @@
 """PEFT adapter folders as bricks, without importing PEFT or torch.
 
 The two files of an adapter stay as they are, so every artifact of a PEFT kind loads in PEFT
-straight from the library. What our own LoRA computes becomes a brick of kind ``lora``; any other
-tuner becomes kind ``peft`` and runs through PEFT itself. What would change a result unseen is
-refused by name: initialisations that rewrite the backbone (PiSSA and its kin), features that a
-``lora`` brick does not compute, keys that the installed PEFT would pass over, tensors that belong
-to nothing.
+straight from the library. What our own LoRA and IA3 compute becomes a brick of kind ``lora`` or
+``ia3``; any other tuner becomes kind ``peft`` and runs through PEFT itself. What would change a
+result unseen is refused by name: initialisations that rewrite the backbone (PiSSA and its kin),
+features that our bricks do not compute, keys that the installed PEFT would pass over, tensors that
+belong to nothing.
 """
 
 from __future__ import annotations
@@ -24,14 +24,25 @@ from cfm_train.library.peft_catalogue import config_keys
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 
-#: Keys of PEFT's LoraConfig that a ``lora`` brick computes.
-COMPUTED = frozenset(
-    {
-        "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "lora_bias",
-        "rank_pattern", "alpha_pattern", "fan_in_fan_out", "target_modules", "exclude_modules",
-        "layers_to_transform", "layers_pattern", "modules_to_save", "init_lora_weights",
-    }
-)  # fmt: skip
+#: Our own kinds that read PEFT's format, by PEFT's name for them.
+KINDS = {"LORA": "lora", "IA3": "ia3"}
+#: Keys of their PEFT configs that these kinds compute.
+COMPUTED = {
+    "lora": frozenset(
+        {
+            "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias", "lora_bias",
+            "rank_pattern", "alpha_pattern", "fan_in_fan_out", "target_modules",
+            "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
+            "init_lora_weights",
+        }
+    ),
+    "ia3": frozenset(
+        {
+            "target_modules", "exclude_modules", "feedforward_modules", "fan_in_fan_out",
+            "modules_to_save", "init_ia3_weights",
+        }
+    ),
+}  # fmt: skip
 #: Keys that say where an adapter comes from, or that mean nothing once it is trained.
 DESCRIPTIVE = frozenset(
     {
@@ -57,7 +68,7 @@ class Adapter:
     """What `read_folder` found.
 
     Attributes:
-        kind: ``lora`` or ``peft``.
+        kind: ``lora``, ``ia3`` or ``peft``.
         files: the files to store, by name.
         interface: what, with the tensors, defines the brick.
         base: the backbone as PEFT names it, None where it does not.
@@ -78,7 +89,7 @@ def read_folder(folder: Path, kind: str | None = None) -> Adapter:
 
     Args:
         folder: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
-        kind: ``lora`` or ``peft`` to insist on one, None to choose by the adapter's type.
+        kind: the kind to insist on, None to choose by the adapter's type.
 
     Raises:
         UserError: it is no adapter folder, its weights are pickled or damaged, or it has a feature
@@ -89,12 +100,15 @@ def read_folder(folder: Path, kind: str | None = None) -> Adapter:
     if not tensors:
         raise UserError(f"{folder / TENSOR_FILE} holds no tensor: save the adapter again.")
     _check_init(config, str(folder))
-    kind = kind or ("lora" if config["peft_type"] == "LORA" else "peft")
-    if kind == "lora":
-        check_lora(config, str(folder))
-        _check_lora_tensors({name: info.shape for name, info in tensors.items()}, config, folder)
-    else:
+    kind = kind or KINDS.get(config["peft_type"], "peft")
+    if kind == "peft":
         _check_known(config, str(folder))
+    else:
+        _check_computed(kind, config, str(folder))
+        shapes = {name: info.shape for name, info in tensors.items()}
+        for name in aside_tensors(config, shapes):
+            del shapes[name]
+        (_check_lora_tensors if kind == "lora" else _check_ia3_tensors)(shapes, folder)
     return Adapter(
         kind=kind,
         files={name: folder / name for name in (CONFIG_FILE, TENSOR_FILE)},
@@ -146,16 +160,21 @@ def check_lora(config: Mapping[str, Any], where: str) -> None:
     Raises:
         UserError: naming the feature.
     """
-    if config.get("peft_type") != "LORA":
+    _check_computed("lora", config, where)
+
+
+def _check_computed(kind: str, config: Mapping[str, Any], where: str) -> None:
+    if KINDS.get(str(config.get("peft_type"))) != kind:
         raise UserError(
-            f"The adapter {where} is {config.get('peft_type')}, not LORA: {_THROUGH_PEFT}."
+            f"The adapter {where} is {config.get('peft_type')}, not {kind.upper()}: "
+            f"{_THROUGH_PEFT}."
         )
     _check_init(config, where)
     for key, value in config.items():
-        if key not in COMPUTED | DESCRIPTIVE and not _is_empty(value):
+        if key not in COMPUTED[kind] | DESCRIPTIVE and not _is_empty(value):
             raise UserError(
-                f"The adapter {where} uses '{key}' ({str(value)[:60]}), which a lora brick does "
-                f"not compute: {_THROUGH_PEFT}."
+                f"The adapter {where} uses '{key}' ({str(value)[:60]}), which a brick of kind "
+                f"{kind} does not compute: {_THROUGH_PEFT}."
             )
     if config.get("bias") == "all":
         raise UserError(
@@ -209,21 +228,14 @@ def _check_known(config: Mapping[str, Any], where: str) -> None:
             )
 
 
-def _check_lora_tensors(
-    shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], folder: Path
-) -> None:
-    """Every tensor is a part of a LoRA or of a saved module, and every A has its B."""
-    aside = set(aside_tensors(config, shapes))
+def _check_lora_tensors(shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    """Every tensor is a part of a LoRA, and every A has its B."""
     modules: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
         match = _PART.fullmatch(name)
-        if name not in aside and match is None:
-            raise UserError(
-                f"The adapter {folder} holds the tensor '{name}', which is no part of a lora brick "
-                f"(a trained embedding, or a new feature of PEFT): {_THROUGH_PEFT}."
-            )
-        if name not in aside and match is not None:
-            modules.setdefault(match["module"], {})[match["part"]] = shape
+        if match is None:
+            raise _no_part(name, "lora", folder)
+        modules.setdefault(match["module"], {})[match["part"]] = shape
     for module, parts in modules.items():
         a, b = parts.get("lora_A.weight", ()), parts.get("lora_B.weight", ())
         if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not a[0]:
@@ -232,6 +244,20 @@ def _check_lora_tensors(
                 f"and fit (shapes {a or 'missing'} and {b or 'missing'}): save it again, or "
                 f"{_THROUGH_PEFT}."
             )
+
+
+def _check_ia3_tensors(shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    """Every tensor is a vector of factors, a row or a column."""
+    for name, shape in shapes.items():
+        if not name.endswith(".ia3_l") or len(shape) != 2 or 1 not in shape:
+            raise _no_part(name, "ia3", folder)
+
+
+def _no_part(name: str, kind: str, folder: Path) -> UserError:
+    return UserError(
+        f"The adapter {folder} holds the tensor '{name}', which is no part of a brick of kind "
+        f"{kind} (a trained embedding, or a new feature of PEFT): {_THROUGH_PEFT}."
+    )
 
 
 def _is_empty(value: Any) -> bool:

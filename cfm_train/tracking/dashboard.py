@@ -67,11 +67,13 @@ def as_script_json(data: Any) -> str:
 
 
 def _title(records: Sequence[Mapping[str, Any]]) -> str:
-    recipes = list(dict.fromkeys(record["recipe"] for record in records))
-    if len(recipes) == 1:
-        name = records[0]["name"] if len(records) == 1 else f"{len(records)} runs"
-        return f"{recipes[0]} · {name}"
-    return f"{len(records)} runs"
+    """The recipe that all runs have in common, or that ran them as its steps."""
+    whole = [record for record in records if record["operation"] == "sequence"]
+    recipes = list(dict.fromkeys(record["recipe"] for record in whole or records))
+    if len(recipes) != 1:
+        return f"{len(records)} runs"
+    name = (whole or records)[0]["name"] if len(whole or records) == 1 else f"{len(records)} runs"
+    return recipes[0] if name == recipes[0] else f"{recipes[0]} · {name}"
 
 
 def _asset(name: str) -> str:

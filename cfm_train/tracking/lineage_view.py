@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cfm_train.tracking.matrix_view import READERS
+
 Json = dict[str, Any]
 
 
@@ -25,7 +27,7 @@ def lineage(records: Sequence[Mapping[str, Any]], folder: Path) -> Json:
     edges: dict[tuple[str, str], float | None] = {}
     for record in records:
         brick, backbone = record["brick"], record["backbone"]
-        if brick is None or record["operation"] in ("evaluate", "predict"):
+        if brick is None or record["operation"] in READERS:
             continue
         own = f"{brick['name']}@{brick['version']}"
         card = link(Path(brick["path"]) / "brick.json", folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
@@ -13,9 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from cfm_train.evaluation.metrics import LOWER_IS_BETTER
-from cfm_train.tracking.view import matrix_view
+from cfm_train.tracking.matrix_view import matrix_view
 
 _WIDTH = 500  # where nobody looks on: a pipe or a file
+#: With more figures than this the matrix says more than their list.
+_MOST_FIGURES = 12
 _SECTIONS = {"brick": "", "merged": "", "ceiling": "upper bound", "floor": "lower bound"}
 
 
@@ -75,15 +78,21 @@ def print_run(record: Mapping[str, Any], *, file: IO[str] | None = None) -> None
 
 
 def score_text(value: float, metric: str) -> str:
-    """A score times 100 with one decimal; a loss, perplexity or error with four digits as it is."""
-    return f"{value:.4g}" if metric in LOWER_IS_BETTER else f"{100 * value:.1f}"
+    """A score times 100 with one decimal; a loss, perplexity or error as it is, to three digits."""
+    if metric not in LOWER_IS_BETTER:
+        return f"{100 * value:.1f}"
+    decimals = 2 - math.floor(math.log10(abs(value) or 1))
+    return f"{value:.{min(6, max(0, decimals))}f}" if abs(value) < 1e6 else f"{value:.2e}"
 
 
 def _summary(record: Mapping[str, Any], *, plain: bool) -> list[Any]:
     parts: list[Any] = []
     if record.get("error"):
         parts.append(Text(str(record["error"]), "red"))
-    if record["metrics"]:
+    if len(record["metrics"]) > _MOST_FIGURES and record["matrix"]:
+        parts.append(matrix_table(record["matrix"], plain=plain))
+        parts.append(Text(f"{len(record['metrics'])} figures in the record", "dim"))
+    elif record["metrics"]:
         figures = _table(plain)
         for column in ("", "", "95 % interval", "n"):
             figures.add_column(column, justify="right" if column != "" else "left")
@@ -99,7 +108,8 @@ def _summary(record: Mapping[str, Any], *, plain: bool) -> list[Any]:
     if broken:
         parts.append(Text(f"checks failed: {', '.join(broken)}", "bold red"))
     elif record["checks"]:
-        parts.append(Text(f"checks passed: {', '.join(record['checks'])}", "green"))
+        passed = len(record["checks"])
+        parts.append(Text(f"{passed} check{'s' * (passed > 1)} passed", "green"))
     if brick := record["brick"]:
         parts.append(Text(f"brick {brick['name']}@{brick['version']} in {brick['path']}"))
     return parts
@@ -131,7 +141,8 @@ def _cell(cell: Mapping[str, Any] | None, metric: str, *, wins: bool, plain: boo
 
 
 def _interval(figure: Mapping[str, Any], metric: str) -> str:
-    return f"{score_text(figure['low'], metric)}–{score_text(figure['high'], metric)}"
+    joint = "–" if figure["low"] >= 0 else " to "
+    return f"{score_text(figure['low'], metric)}{joint}{score_text(figure['high'], metric)}"
 
 
 def _table(plain: bool) -> Table:

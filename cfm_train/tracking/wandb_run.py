@@ -200,7 +200,7 @@ class WandbRun:
             save_code=False,
             disable_git=True,
             symlink=False,  # a run folder can be copied
-            init_timeout=20,
+            init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", 20)),
             x_save_requirements=False,  # the record holds the versions
             x_transaction_log_flush_interval=1.0,  # a SIGKILL loses a second, not fifteen
         )

@@ -109,6 +109,11 @@ class ExactCheckpoint(Callback):
         self.best_step = 0
         self._due = False
 
+    def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
+        """Sweeps away what a kill in the middle of a write left (the run's lock is ours)."""
+        for litter in self.folder.glob(".*.tmp"):
+            litter.unlink(missing_ok=True)
+
     @property
     def last_path(self) -> Path:
         """Where the last state is kept."""

@@ -80,7 +80,9 @@ def recorded_prefix(backbone: Backbone, inputs: dict[str, Tensor], cut: dict[str
     return Plugs(*plugs)
 
 
-def run(backbone: Backbone, inputs: dict[str, Tensor], *bricks: Plugs, weights: Any = None) -> Tensor:
+def run(
+    backbone: Backbone, inputs: dict[str, Tensor], *bricks: Plugs, weights: Any = None
+) -> Tensor:
     with backbone.slots.plugged(bricks, weights), torch.inference_mode():
         return answers(backbone, inputs)
 
@@ -160,7 +162,9 @@ def test_rows_of_a_mixed_batch_equal_their_solo_runs(family: str, left: bool) ->
         prompt_of(backbone, tokens(1, 5, seed=3)[0]),
         random_prefix(backbone, 4, seed=4),
     ]
-    table = torch.tensor([[1, 1, 0, 0, 1], [0, 1, 0, 1, 1], [0, 0, 0, 1, 1], [1, 0, 0, 0, 1]]).float()
+    table = torch.tensor(
+        [[1, 1, 0, 0, 1], [0, 1, 0, 1, 1], [0, 0, 0, 1, 1], [1, 0, 0, 0, 1]]
+    ).float()
     mixed = run(backbone, inputs, *bricks, weights=list(table))
     for row in range(5):
         own = [brick for brick, weights in zip(bricks, table, strict=True) if weights[row]]
@@ -277,7 +281,9 @@ def test_generation_behind_a_prompt_or_prefix_equals_typed_text(
     given = {"input_ids": ids, "attention_mask": mask}
     typed = {
         "input_ids": torch.stack([torch.cat([text, ids[0]]), torch.cat([text * 0, ids[1]])]),
-        "attention_mask": torch.stack([torch.cat([text * 0 + 1, mask[0]]), torch.cat([text * 0, mask[1]])]),
+        "attention_mask": torch.stack(
+            [torch.cat([text * 0 + 1, mask[0]]), torch.cat([text * 0, mask[1]])]
+        ),
     }
     expected = write(backbone, typed, **options)
     prefix = recorded_prefix(backbone, {"input_ids": typed["input_ids"][:1]}, {"": 4})
@@ -296,8 +302,12 @@ def test_generation_of_an_encoder_decoder_equals_typed_text(options: dict[str, A
     mask[1, 4:] = 0
     given = {"input_ids": ids * mask, "attention_mask": mask}
     typed = {
-        "input_ids": torch.stack([torch.cat([text, ids[0]]), torch.cat([text * 0, ids[1] * mask[1]])]),
-        "attention_mask": torch.stack([torch.cat([text * 0 + 1, mask[0]]), torch.cat([text * 0, mask[1]])]),
+        "input_ids": torch.stack(
+            [torch.cat([text, ids[0]]), torch.cat([text * 0, ids[1] * mask[1]])]
+        ),
+        "attention_mask": torch.stack(
+            [torch.cat([text * 0 + 1, mask[0]]), torch.cat([text * 0, mask[1]])]
+        ),
     }
     expected = write(backbone, typed, **options)
     weights = [torch.tensor([1.0, 0.0])]
@@ -420,5 +430,8 @@ def test_what_does_not_fit_is_refused_with_a_sentence() -> None:
         with pytest.raises(UserError, match=sentence):
             run(backbone, inputs, brick, weights=[weight])
     filled = backbone.model(inputs["input_ids"], use_cache=True).past_key_values
-    with backbone.slots.plugged([prompt]), pytest.raises(UserError, match="start the generation anew"):
+    with (
+        backbone.slots.plugged([prompt]),
+        pytest.raises(UserError, match="start the generation anew"),
+    ):
         backbone.model(inputs["input_ids"][:, :1], past_key_values=filled)

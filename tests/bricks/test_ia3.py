@@ -86,12 +86,14 @@ def test_made_here_runs_in_peft(family: str, tmp_path: Path) -> None:
     torch.testing.assert_close(values(theirs, inputs), ours, atol=1e-5, rtol=0)
 
 
-def test_small_factors_survive_bfloat16() -> None:
-    """Beside one, bfloat16 steps by 1/128; the step from one is kept apart from it."""
-    y = torch.full((1, 1, 1), 3.0, dtype=torch.bfloat16)
-    factors = torch.tensor([1.004])
-    assert scale(y, factors).item() != 3.0 * factors.bfloat16().item()
-    torch.testing.assert_close(scale(y.float(), factors), 3 * factors[None, None])
+def test_half_precision_rounds_the_output_and_not_the_factor() -> None:
+    """Above 1 bfloat16 steps by 1/128: a factor of 1.003 would be 1, and a step of 0.003 lost."""
+    y = torch.randn(8, 32, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    factors = torch.full((64,), 1.003)
+    assert (factors.bfloat16() == 1).all()
+    step = scale(y, factors).float() - y.float()
+    assert (step * y).sum() / y.float().square().sum() == pytest.approx(0.003, rel=0.2)
+    torch.testing.assert_close(scale(y.float(), factors), y.float() * 1.003)
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cfm_train import paths
 from cfm_train.launch.sweep import typed
 from tests.launch.conftest import Command
 
@@ -83,6 +84,22 @@ def test_a_launcher_of_hydra_runs_them(command: Command, tmp_path: Path) -> None
     assert len(records(tmp_path)) == 4
     configs = tmp_path.glob("outputs/runs/*/*/config.yaml")
     assert all(f"group: {ended.folder.name}" in path.read_text() for path in configs)
+
+
+@pytest.mark.slow
+def test_submitit_runs_them_in_processes_of_their_own(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("submitit", reason="needs hydra-submitit-launcher")
+    monkeypatch.setenv("PYTHONPATH", str(paths.PACKAGE.parent))
+    engine = ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"]
+    ended = command("-m", *engine, "seed=1,2", "brick.sites=[attn.v]")
+    assert ended.code == 0, ended.err
+    assert [run["status"] for run in ended.record["runs"]] == ["done", "done"]
+    assert len(records(tmp_path)) == 2
+    before = records(tmp_path)
+    again = command("-m", *engine, "seed=1,2", "brick.sites=[attn.v]")
+    assert (again.code, records(tmp_path)) == (0, before)
 
 
 def test_a_launcher_that_is_not_there(command: Command, tmp_path: Path) -> None:

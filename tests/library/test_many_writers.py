@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -154,6 +155,22 @@ def test_a_mixed_object_store_folder_is_written_again(bricks, tmp_path):
     storage.commit("n/v", {"a.json": b"mine", "z.json": b"mine too"}, "z.json", announce)
     assert interfered == [True]
     assert storage.read("n/v/a.json") == b"mine" and storage.read("n/v/z.json") == b"mine too"
+
+
+def test_writers_of_one_version_end_with_one_of_their_cards(bricks, tmp_path):
+    """Six threads write the same tensors with different cards to an object store, at once."""
+    root = f"memory://{tmp_path.name}/same"
+
+    def add(number: int) -> str:
+        return bricks.add(Library(root), 0, run=f"run {number}", recipe={"seed": number}).version
+
+    with ThreadPoolExecutor(6) as pool:
+        versions = set(pool.map(add, range(6)))
+    library = Library(root)
+    assert library.versions("sst2") == list(versions)
+    assert library.verify() == []
+    card = library.find("sst2")
+    assert card.run == f"run {card.recipe['seed']}", "the card is all of one writer"
 
 
 #: Adds a brick to a library on a mounted file system; prints what happened.

@@ -135,7 +135,8 @@ def test_other_tuners_are_kept_as_they_are(peft_type, local, tmp_path):
     expected = trained("llama", config, tmp_path / "in")
     assert main(["--library", local.root, "add", str(tmp_path / "in"), "--name", "a"]) == 0
     card = local.find("a")
-    assert card.kind == "peft" and card.interface["peft"]["peft_type"] == peft_type
+    assert card.kind == ("ia3" if peft_type == "IA3" else "peft")
+    assert card.interface["peft"]["peft_type"] == peft_type
     export(local, card, tmp_path / "out")
     model = PeftModel.from_pretrained(backbone("llama"), tmp_path / "out").eval()
     assert torch.equal(output(model), expected)
@@ -248,7 +249,7 @@ def test_every_key_of_lora_is_either_computed_or_refused(plain, tmp_path):
     from cfm_train.library.peft_format import COMPUTED, DESCRIPTIVE
 
     defaults = read_config(plain)
-    for key in config_keys()["LORA"] - COMPUTED - DESCRIPTIVE:
+    for key in config_keys()["LORA"] - COMPUTED["lora"] - DESCRIPTIVE:
         with pytest.raises(UserError):
             read_folder(changed(plain, tmp_path / key, **{key: defaults.get(key) or "used"}))
 
@@ -272,6 +273,17 @@ def test_kind_lora_is_for_lora_alone(plain, tmp_path):
     with pytest.raises(UserError, match="is IA3, not LORA"):
         read_folder(changed(plain, tmp_path / "a", peft_type="IA3"), "lora")
     assert read_folder(plain, "peft").kind == "peft"
+    with pytest.raises(UserError, match="is LORA, not IA3"):
+        read_folder(plain, "ia3")
+    with pytest.raises(UserError, match="which a brick of kind ia3 does not compute"):
+        read_folder(changed(plain, tmp_path / "b", peft_type="IA3"))
+    folder = changed(plain, tmp_path / "c")
+    config = {"peft_type": "IA3", "target_modules": ["query"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        UserError, match=r"lora_A\.weight', which is no part of a brick of kind ia3"
+    ):
+        read_folder(folder)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +292,7 @@ def test_kind_lora_is_for_lora_alone(plain, tmp_path):
         (lambda t: t.pop("base_model.model.encoder.layer.0.attention.self.query.lora_B.weight"),
          "no lora_A and lora_B for 'base_model.model.encoder.layer.0.attention.self.query'"),
         (lambda t: t.update({"base_model.model.embeddings.weight": torch.ones(2, 2)}),
-         "'base_model.model.embeddings.weight', which is no part of a lora brick"),
+         "'base_model.model.embeddings.weight', which is no part of a brick of kind lora"),
         (lambda t: t.update({"base_model.model.encoder.layer.0.output.dense.bias": torch.ones(2)}),
          "no lora_A and lora_B for .*output.dense"),
         (lambda t: t.clear(), "holds no tensor"),

@@ -295,6 +295,15 @@ def test_page_is_one_file_without_addresses(drawn: Draw, tmp_path: Path) -> None
     assert "default-src 'none'" in text
 
 
+def test_title_is_what_the_runs_have_in_common(drawn: Draw, tmp_path: Path) -> None:
+    one, two = trained(tmp_path, "topic"), trained(tmp_path, "topic", seed=1)
+    whole = new_record(
+        operation="sequence", recipe="quickstart", name="quickstart", seed=0, config_hash="s"
+    )
+    titles = [drawn(records)[1]["title"] for records in ([one], [one, two], [whole, one], [])]
+    assert titles == ["task/topic · topic", "task/topic · 2 runs", "quickstart", "0 runs"]
+
+
 def test_script_json_is_json_and_cannot_end_its_element() -> None:
     data = {"a": "</SCRIPT><!-- <script>", "b": "\u2028\u2029 & é", "c": [1.5, None, True]}
     text = as_script_json(data)

@@ -58,7 +58,15 @@ def test_losses_stand_as_they_are_and_the_lowest_wins() -> None:
     cells = [cell(name, "x", value, "brick", "loss") for name, value in (("a", 0.71), ("b", 0.62))]
     print_matrix(cells, file=out)
     assert "*0.62" in out.getvalue() and "*0.71" not in out.getvalue()
-    assert [score_text(v, "perplexity") for v in (12.3456, 123456.0)] == ["12.35", "1.235e+05"]
+    figures = {
+        0.0: "0.00",
+        0.0123: "0.0123",
+        2.0: "2.00",
+        12.345: "12.3",
+        123.4: "123",
+        1e304: "1.00e+304",
+    }
+    assert {value: score_text(value, "perplexity") for value in figures} == figures
 
 
 def test_many_tasks_fit_a_pipe_in_one_line_each() -> None:
@@ -73,6 +81,22 @@ def test_no_cells_print_nothing() -> None:
     assert out.getvalue() == ""
 
 
+def test_many_figures_give_way_to_the_matrix(tmp_path: Path) -> None:
+    record = quickstart(tmp_path)[3]
+    record["metrics"] = {f"a: test/{task}/{m}": figure(0.5) for task in TASKS for m in "abcde"}
+    out = io.StringIO()
+    print_run(record, file=out)
+    assert "86.1" in out.getvalue() and "a: test" not in out.getvalue()
+    assert "15 figures in the record" in out.getvalue()
+
+
+def test_an_interval_below_zero_can_be_read() -> None:
+    out = io.StringIO()
+    low = {"value": -0.151, "low": -0.299, "high": 0.0, "n": 9}
+    print_matrix([{"brick": "a", "task": "x", "metric": "mcc", "role": "brick", **low}], file=out)
+    assert "-15.1  -29.9 to 0.0" in out.getvalue()
+
+
 def test_summary_of_a_run(tmp_path: Path) -> None:
     record = trained(tmp_path, "topic")
     out = io.StringIO()
@@ -82,7 +106,7 @@ def test_summary_of_a_run(tmp_path: Path) -> None:
     row = next(line for line in text.splitlines() if line.startswith("test/accuracy")).split()
     assert row[1] == "88.0" and row[-1] == "250"
     assert "119,456 trained parameters, 9.5 s of training, 14.2 s in all, 412 samples/s" in text
-    assert "checks passed: backbone unchanged" in text
+    assert "1 check passed" in text
     record["checks"]["logits"] = {"value": 1.0, "tolerance": 1e-5, "passed": False}
     record["status"], record["error"] = "failed", "loss is [bold]NaN[/bold]"
     for out in (io.StringIO(), Terminal()):

@@ -92,6 +92,48 @@ def test_headline_of_bricks_that_stand_on_one_task_each(tmp_path: Path) -> None:
     ]
 
 
+def test_a_merged_brick_is_held_against_the_best_brick_of_each_task_and_finds_its_maker() -> None:
+    def maker(name: str, operation: str, *cells: dict) -> Record:
+        brick = {"name": name, "version": "1", "path": ".", "parents": []}
+        record = bare(name, *cells, brick=brick)
+        record["operation"] = operation
+        return record
+
+    values = {"a": (0.9, 0.5), "b": (0.6, 0.8), "ab": (0.85, 0.75)}
+    compared = bare(
+        "table",
+        *(
+            cell(name, task, value, "merged" if name == "ab" else "brick")
+            for name, pair in values.items()
+            for task, value in zip("xy", pair, strict=True)
+        ),
+    )
+    records = [maker("a", "train"), maker("b", "train"), maker("ab", "merge"), compared]
+    shown = view(records, Path())
+    assert shown["headline"]["label"] == "ab"
+    assert shown["headline"]["ceiling"]["value"] == pytest.approx((0.9 + 0.8) / 2)
+    assert shown["headline"]["run"] == 2
+    assert [point["run"] for point in shown["costs"]] == [0, 1, 2]
+    again = [*records, maker("ab", "merge")]  # two runs may have made it: neither is named
+    assert view(again, Path())["headline"]["run"] is None
+
+
+def test_tasks_with_scores_and_losses_have_no_common_winner() -> None:
+    cells = [cell("a", "x", 0.9, "brick"), cell("a", "y", 0.2, "brick", "loss")]
+    assert view([bare("r", *cells)], Path())["headline"]["kind"] == "each"
+
+
+def test_the_checks_of_a_sequence_are_those_of_its_steps(tmp_path: Path) -> None:
+    step = trained(tmp_path, "topic")
+    check = {"value": True, "tolerance": None, "passed": True}
+    whole = new_record(
+        operation="sequence", recipe="quickstart", name="quickstart", seed=0, config_hash="s",
+        checks={"topic: backbone unchanged": check},
+    )  # fmt: skip
+    assert [c["name"] for c in view([whole, step], tmp_path)["checks"]] == ["backbone unchanged"]
+    assert len(view([whole], tmp_path)["checks"]) == 1
+
+
 def test_headline_of_losses_is_the_lowest() -> None:
     records = [bare(n, cell(n, "t", v, "brick", "loss")) for n, v in (("a", 0.5), ("b", 0.4))]
     assert view(records, Path())["headline"]["label"] == "b"

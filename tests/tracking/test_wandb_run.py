@@ -66,9 +66,9 @@ def inspect(folder: Path) -> list[dict]:
     return records
 
 
-def history(folder: Path) -> Counter:
+def history(records: list[dict]) -> Counter:
     """How often each (step, key, value) was logged."""
-    rows = [record["history"]["item"] for record in inspect(folder) if record["type"] == "history"]
+    rows = [record["history"]["item"] for record in records if record["type"] == "history"]
     return Counter(
         (row["_step"], key, value)
         for row in rows
@@ -130,7 +130,7 @@ def test_everything_arrives_quietly_and_stays_in_the_run_folder(folder: Path, ho
     assert (run["run_id"], run["project"], run["run_group"]) == (run_id, "bricks", "sweep 1")
     assert (run["job_type"], run["tags"], run["display_name"]) == ("merge", ["a", "b"], "run")
     assert run["config"]["update"]["rule"] == {"density": 0.2}
-    assert history(folder) == {(1, "train/loss", 0.5): 1, (2, "train/loss", 0.25): 1}
+    assert history(records) == {(1, "train/loss", 0.5): 1, (2, "train/loss", 0.25): 1}
     assert by_type["exit"]["exit_code"] == 3
     updates = [r["summary"]["update"] for r in records if r["type"] == "summary"]
     assert {"test/accuracy": 0.75} in updates
@@ -149,13 +149,14 @@ def test_rows_lost_in_a_sigkill_are_replayed_and_none_comes_twice(folder: Path, 
     killed = python(LOOP, folder, 0, 100, 57, home=home, check=False)
     assert killed.returncode == -9
     first_id = (folder / "wandb" / "run_id").read_text()
-    lost = in_metrics_file(folder) - history(folder)
+    lost = in_metrics_file(folder) - history(inspect(folder))
     assert lost, "W&B wrote every row before the kill: the test shows nothing"
     assert python(LOOP, folder, 40, 100, 72, home=home, check=False).returncode == -9
     python(LOOP, folder, 70, 100, 0, home=home)
-    assert history(folder) == in_metrics_file(folder)
+    records = inspect(folder)
+    assert history(records) == in_metrics_file(folder)
     assert len(in_metrics_file(folder)) == 110
-    ids = {r["run"]["run_id"] for r in inspect(folder) if r["type"] == "run"}
+    ids = {r["run"]["run_id"] for r in records if r["type"] == "run"}
     assert ids == {first_id} == {(folder / "wandb" / "run_id").read_text()}
 
 
@@ -164,8 +165,9 @@ def test_steps_run_again_after_they_reached_wandb_are_not_logged_twice(
 ) -> None:
     python(LOOP, folder, 0, 35, 0, home=home)  # stopped cleanly at 35; the checkpoint stands at 20
     python(LOOP, folder, 20, 50, 0, home=home)
-    assert history(folder) == in_metrics_file(folder)
-    assert set(history(folder).values()) == {1}
+    logged = history(inspect(folder))
+    assert logged == in_metrics_file(folder)
+    assert set(logged.values()) == {1}
 
 
 def test_two_runs_in_one_process_stay_apart(folder: Path, home: Path) -> None:
@@ -189,9 +191,10 @@ def test_two_runs_in_one_process_stay_apart(folder: Path, home: Path) -> None:
         folder,
         home=home,
     )
-    assert sorted(history(one)) == [(s, "train/loss", 1.0 * s) for s in (1, 2, 3)]
-    assert sorted(history(two)) == [(s, "train/loss", 10.0 * s) for s in (1, 2, 3, 4)]
-    exits = [[r["exit"] for r in inspect(f) if r["type"] == "exit"] for f in (one, two)]
+    both = inspect(one), inspect(two)
+    assert sorted(history(both[0])) == [(s, "train/loss", 1.0 * s) for s in (1, 2, 3)]
+    assert sorted(history(both[1])) == [(s, "train/loss", 10.0 * s) for s in (1, 2, 3, 4)]
+    exits = [[r["exit"] for r in records if r["type"] == "exit"] for records in both]
     assert [exit_record.get("exit_code", 0) for (exit_record,) in exits] == [0, 1]
 
 
@@ -247,7 +250,7 @@ def test_when_wandb_dies_training_goes_on_and_a_resume_makes_up_for_it(
     assert done.stdout.startswith("could not log: ")
     assert "Training goes on" in done.stderr
     python(LOOP, folder, 40, 45, 0, home=home)
-    assert history(folder) == in_metrics_file(folder)
+    assert history(inspect(folder)) == in_metrics_file(folder)
     assert len(in_metrics_file(folder)) == 45
 
 
@@ -268,7 +271,7 @@ def test_an_artifact_that_cannot_be_logged_costs_only_itself(folder: Path, home:
         home=home,
     )
     assert done.stdout.startswith("could not log the artifact mine: ")
-    assert len(history(folder)) == 2
+    assert len(history(inspect(folder))) == 2
 
 
 def test_online_without_a_server_becomes_offline(folder: Path, home: Path) -> None:
@@ -277,6 +280,7 @@ def test_online_without_a_server_becomes_offline(folder: Path, home: Path) -> No
         import os, sys
         os.environ["WANDB_API_KEY"] = "0" * 40
         os.environ["WANDB_BASE_URL"] = "http://127.0.0.1:9"  # nothing listens there
+        os.environ["WANDB_INIT_TIMEOUT"] = "3"
         from cfm_train.tracking.wandb_run import WandbRun
 
         run = WandbRun("auto", "p", None, "train", [], {}, sys.argv[1])
@@ -289,7 +293,7 @@ def test_online_without_a_server_becomes_offline(folder: Path, home: Path) -> No
     )
     assert done.stdout == "offline None\n"
     assert "this run is logged offline" in done.stderr
-    assert history(folder) == {(1, "train/loss", 1.0): 1}
+    assert history(inspect(folder)) == {(1, "train/loss", 1.0): 1}
 
 
 def test_steps_go_forward_only(folder: Path) -> None:

@@ -36,9 +36,12 @@ const short = (value, digits = 3) =>
   value === 0 ? "0" : Math.abs(value) >= 1e5 || Math.abs(value) < 1e-4
     ? value.toExponential(1).replace("e+", "e") : String(Number(value.toPrecision(digits)));
 
-/** Scores between 0 and 1 are shown times 100; losses and errors as they are. */
-const score = (value, metric) => LOWER.has(metric) ? short(value, 4) : (100 * value).toFixed(1);
-const range = (figure, metric) => `${score(figure.low, metric)}–${score(figure.high, metric)}`;
+/** Scores between 0 and 1 are shown times 100; losses and errors as they are, with three digits. */
+const decimals = (value) => Math.min(6, Math.max(0, 2 - Math.floor(Math.log10(Math.abs(value) || 1))));
+const score = (value, metric) => LOWER.has(metric)
+  ? (Math.abs(value) < 1e6 ? value.toFixed(decimals(value)) : short(value)) : (100 * value).toFixed(1);
+const range = (figure, metric) =>
+  `${score(figure.low, metric)}${figure.low < 0 ? " to " : "–"}${score(figure.high, metric)}`;
 const unit = (metric) => LOWER.has(metric) ? "" : " %";
 const words = (key) => key.replaceAll("_", " ");
 const metricName = (key) => words(key.slice(key.lastIndexOf("/") + 1));

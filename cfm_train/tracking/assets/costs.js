@@ -28,7 +28,7 @@ function placeLabels(marks, box) {
       const left = anchor === "start" ? tx : anchor === "end" ? tx - width : tx - width / 2;
       const area = { left, right: left + width, top: ty - 11, bottom: ty + 4 };
       const inside = area.left >= box.left && area.right <= box.right + 10 && area.top >= box.top - 6 && area.bottom <= box.bottom - 2;
-      const free = true || taken.every((other) => area.right < other.left || area.left > other.right || area.bottom < other.top || area.top > other.bottom);
+      const free = taken.every((other) => area.right < other.left || area.left > other.right || area.bottom < other.top || area.top > other.bottom);
       if (inside && free) {
         taken.push(area);
         return { x: tx, y: ty, anchor, text };

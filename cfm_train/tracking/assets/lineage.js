@@ -1,6 +1,6 @@
 // The lineage: backbones on the left, bricks over them, what was made from bricks to the right.
 
-const NODE = { width: 90, height: 50, across: 72, down: 14 };
+const NODE = { width: 206, height: 50, across: 72, down: 14 };
 
 function drawLineage() {
   const { nodes, edges } = DATA.lineage;

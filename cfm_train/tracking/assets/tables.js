@@ -10,7 +10,7 @@ function drawSamples() {
   const ordered = samples.map((sample, at) => [turn[at], at, sample]).sort((a, b) => a[0] - b[0] || a[1] - b[1]).map((entry) => entry[2]);
   const row = (sample) => {
     const right = sample.prediction.trim() === sample.reference.trim();
-    const place = [several ? DATA.runs[sample.run].label : null, sample.task, sample.at].filter(Boolean);
+    const place = [several ? DATA.runs[sample.run].label : null, sample.task, sample.at && sample.at.split(/[\\/]/).pop()].filter(Boolean);
     return html("li", { class: "sample" },
       html("div", { class: "said" }, html("p", {}, sample.input), html("small", {}, [...new Set(place)].join(" · "))),
       html("div", {}, html("small", { class: "narrow" }, "brick says"), html("p", {},

@@ -1,0 +1,151 @@
+"""The schema of a record: every key, its type and what it means. Strict: no key more, none less."""
+
+from __future__ import annotations
+
+from typing import Literal, NotRequired
+
+from pydantic import ConfigDict, with_config
+from typing_extensions import TypedDict  # pydantic wants this one below Python 3.12
+
+_STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+@with_config(_STRICT)
+class Figure(TypedDict):
+    """A metric with its 95 % interval over ``n`` examples."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@with_config(_STRICT)
+class Cell(TypedDict):
+    """One cell of the brick × task matrix; ``role`` says which kind of row it stands in."""
+
+    brick: str
+    task: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    n: int
+    role: Literal["brick", "merged", "floor", "ceiling"]
+
+
+@with_config(_STRICT)
+class Check(TypedDict):
+    """A promise that the run checked: the figure, what it had to stay within, whether it did."""
+
+    value: float | bool | str | None
+    tolerance: float | None
+    passed: bool
+
+
+@with_config(_STRICT)
+class Parent(TypedDict):
+    """A brick that another was made from, with its weight where the operation has one."""
+
+    name: str
+    version: str
+    weight: NotRequired[float | None]
+
+
+@with_config(_STRICT)
+class Brick(TypedDict):
+    """The artifact that the run wrote (``evaluate`` and ``predict``: the one that it read)."""
+
+    name: str
+    version: str
+    path: str
+    parents: list[Parent]
+
+
+@with_config(_STRICT)
+class Backbone(TypedDict):
+    """The frozen model under the brick; ``unchanged`` is true when its checksum is what it was."""
+
+    id: str
+    fingerprint: str
+    unchanged: bool
+
+
+@with_config(_STRICT)
+class Cost(TypedDict):
+    """What the run took; a figure that an operation lacks is null (a merge trains nothing)."""
+
+    seconds: float
+    train_seconds: float | None
+    samples_per_second: float | None
+    tokens_per_second: float | None
+    peak_memory_bytes: int | None
+    trainable_parameters: int | None
+    flop_share: float | None
+
+
+@with_config(_STRICT)
+class Leaks(TypedDict):
+    """Rows of a task that stood in two splits and were dropped from one; the first few places."""
+
+    total: int
+    counts: dict[str, int]
+    examples: list[str]
+
+
+@with_config(_STRICT)
+class Data(TypedDict):
+    """What reading the data found: leaks by task, skipped rows, a fingerprint for every split."""
+
+    leaks: dict[str, Leaks]
+    skipped_rows: int
+    fingerprints: dict[str, str]
+
+
+@with_config(_STRICT)
+class Sample(TypedDict):
+    """One example as a person reads it."""
+
+    input: str
+    prediction: str
+    reference: str
+    task: NotRequired[str]
+    at: NotRequired[str]
+    step: NotRequired[int]
+
+
+@with_config(_STRICT)
+class Wandb(TypedDict):
+    """Where the run stands in W&B."""
+
+    mode: Literal["offline", "online", "disabled"]
+    id: str | None
+    project: str | None
+    group: str | None
+    error: NotRequired[str | None]
+
+
+@with_config(_STRICT)
+class Record(TypedDict):
+    """The whole record. ``folder`` is where it was read from; it is never written."""
+
+    operation: str
+    recipe: str
+    name: str
+    status: Literal["done", "failed"]
+    seed: int
+    brick: Brick | None
+    backbone: Backbone | None
+    metrics: dict[str, Figure]
+    checks: dict[str, Check]
+    cost: Cost
+    config_hash: str
+    versions: dict[str, str]
+    inputs: dict[str, str]
+    data: Data | None
+    matrix: list[Cell]
+    samples: list[Sample]
+    wandb: Wandb | None
+    curves: str | None
+    error: NotRequired[str | None]
+    folder: NotRequired[str]

@@ -1,0 +1,164 @@
+"""Every recipe that trains runs for two steps, on real backbones and real rows, and can be used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cfm_train.config.catalogue import recipes
+from cfm_train.launch.cli import main
+
+#: Recipes that need a person's files: how those are made here, and on which backbone they run.
+OWN = {
+    "task/classify": ("bert", {"text": "w5 w6 w7", "label": "yes"}, ["data.text=text"]),
+    "task/multilabel": ("llama", {"text": "w5 w6", "labels": ["a", "b"]}, []),
+    "task/regress": ("gpt2", {"text": "w5 w6 w9", "label": 0.5}, []),
+    "task/tag": ("bert", {"tokens": ["w5", "w6"], "tags": ["B-X", "O"]}, []),
+    "task/lm": ("llama", {"text": "w5 w6 w7 w8 w9 w10"}, ["data.max_length=8"]),
+    "task/instruct": ("gpt2", {"question": "w5 w6", "answer": "w7 w8"}, ["data.max_length=64"]),
+    "task/seq2seq": ("t5", {"source": "w5 w6", "target": "w7 w8"}, []),
+}
+
+SHORT = [
+    "trainer.max_steps=2",
+    "trainer.validate_every=2",
+    "trainer.rows_per_batch=8",
+    "trainer.samples=2",
+    "evaluation.bootstrap=20",
+    "tracking=disabled",
+]
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    """Runs a command in this process and returns its record."""
+    code = main(list(arguments))
+    captured = capsys.readouterr()
+    assert code == 0, captured.err[-3000:]
+    record, dashboard = captured.out.splitlines()[-1], captured.out.splitlines()[-2]
+    assert Path(dashboard.removeprefix("dashboard: ")).is_file()
+    return json.loads(Path(record.removeprefix("record: ")).read_text())  # type: ignore[no-any-return]
+
+
+def own_rows(example: dict[str, Any], count: int) -> str:
+    """Rows like the example, all different in what they say and in their label where they have one."""
+    rows = []
+    for i in range(count):
+        row = dict(example)
+        for key in ("text", "question", "source"):
+            if key in row:
+                row[key] = f"{row[key]} w{10 + i}"
+        if "tokens" in row:
+            row["tokens"] = [*row["tokens"], f"w{10 + i}"]
+            row["tags"] = [*row["tags"], "O"]
+        if isinstance(row.get("label"), str):
+            row["label"] = ("yes", "no")[i % 2]
+        elif isinstance(row.get("label"), float):
+            row["label"] = i / count
+        if "labels" in row:
+            row["labels"] = row["labels"][: i % 3]
+        rows.append(json.dumps(row))
+    return "\n".join(rows) + "\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [r for r in recipes() if r.startswith("task/")])
+def test_two_steps_and_the_record_holds(
+    recipe: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+) -> None:
+    """Two steps, the backbone unchanged, a brick in the library that verifies."""
+    from tests.backbones import folder
+
+    monkeypatch.chdir(tmp_path)
+    arguments = [f"recipe={recipe}", *SHORT]
+    if recipe in OWN:
+        family, example, more = OWN[recipe]
+        (tmp_path / "train.jsonl").write_text(own_rows(example, 24))
+        (tmp_path / "test.jsonl").write_text(own_rows(example, 34).split("\n", 24)[24])
+        arguments += [
+            "name=own",
+            "backbone=hf",
+            f"backbone.path={folder(family)}",
+            "data.train=train.jsonl",
+            "data.test=test.jsonl",
+            *more,
+        ]
+    elif not recipe.startswith("task/quick_") and recipe != "task/multitask":
+        shared: Path = request.getfixturevalue("shared")
+        arguments += [f"data.root={shared / 'data' / 'tasks'}", "data.limit=40"]
+    record = run(capsys, *arguments)
+    assert record["status"] == "done"
+    assert record["backbone"]["unchanged"] is True
+    assert all(check["passed"] for check in record["checks"].values())
+    assert record["metrics"], "a task with a test split has figures"
+    for figure in record["metrics"].values():
+        assert figure["low"] <= figure["value"] <= figure["high"] and figure["n"] > 0
+    from cfm_train.library.store import Library
+
+    brick = record["brick"]
+    library = Library("outputs/library")
+    assert library.find(brick["name"]).version == brick["version"]
+    assert not library.verify(brick["name"])
+
+
+@pytest.mark.slow
+def test_from_training_to_merge_compare_and_predict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two bricks, their average, the matrix of all three, and answers to a file."""
+    monkeypatch.chdir(tmp_path)
+    for task in ("tense", "claim"):
+        run(capsys, f"recipe=task/quick_{task}", f"name={task}", "data.limit=40", *SHORT)
+    merged = run(
+        capsys,
+        "recipe=merge/linear",
+        "bricks=[tense,claim]",
+        "weights=[0.25,0.75]",
+        "name=both",
+        "tracking=disabled",
+    )
+    assert [(p["name"], p["weight"]) for p in merged["brick"]["parents"]] == [
+        ("tense", 0.25),
+        ("claim", 0.75),
+    ]
+    compared = run(
+        capsys,
+        "recipe=compare/bricks",
+        "bricks=[tense,claim,both]",
+        "evaluation=default",
+        "evaluation.bootstrap=20",
+        "tracking=disabled",
+    )
+    cells = {(c["brick"], c["task"]): c for c in compared["matrix"]}
+    assert len(cells) == 6 and {c["role"] for c in compared["matrix"]} == {"brick", "merged"}
+    single = run(
+        capsys,
+        "recipe=evaluate/tasks",
+        "bricks=[tense]",
+        "tasks=[quick_tense]",
+        "evaluation.bootstrap=20",
+        "tracking=disabled",
+    )
+    assert single["metrics"]["test/quick_tense/accuracy"]["value"] == pytest.approx(
+        cells["tense", "quick_tense"]["value"]
+    )
+    Path("x.jsonl").write_text('{"text": "She left an hour ago"}\n{"text": "We will see"}\n')
+    run(
+        capsys,
+        "recipe=predict",
+        "bricks=[tense]",
+        "data.input=x.jsonl",
+        "out=y.jsonl",
+        "tracking=disabled",
+    )
+    answers = [json.loads(line) for line in Path("y.jsonl").read_text().splitlines()]
+    assert len(answers) == 2
+    for answer in answers:
+        assert answer["prediction"] in ("future", "past", "present")
+        assert sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-4)
