@@ -7,10 +7,10 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
 
-#: The folder that holds ``conf/`` and ``recipes/``: the package itself in a wheel, the checkout else.
+#: The folder that holds ``conf/`` and ``recipes/``: the package in a wheel, else the checkout.
 ROOT = PACKAGE if (PACKAGE / "conf").is_dir() else PACKAGE.parent
 
 
 def cache_dir() -> Path:
-    """The folder for everything that can be made again: ``$CFM_CACHE`` or ``~/.cache/cfm_train``."""
+    """Where things that can be made again are kept: ``$CFM_CACHE`` or ``~/.cache/cfm_train``."""
     return Path(os.environ.get("CFM_CACHE") or Path.home() / ".cache" / "cfm_train")

@@ -20,6 +20,8 @@ from cfm_train.backbone.load import Backbone, load_backbone
 from cfm_train.backbone.spec import resolve
 
 FAMILIES = ("bert", "llama", "gpt2", "t5")
+#: Not in every test: q, k and v interleaved by head; fused gate and up, norms without a bias.
+FUSED = ("gpt_neox", "modernbert")
 VOCABULARY = 64
 HIDDEN = 32
 LAYERS = 2
@@ -69,6 +71,35 @@ def _model(family: str) -> Any:
                 eos_token_id=1,
             )
         )
+    if family == "gpt_neox":
+        return tf.GPTNeoXForCausalLM(
+            tf.GPTNeoXConfig(
+                vocab_size=VOCABULARY,
+                hidden_size=HIDDEN,
+                num_hidden_layers=LAYERS,
+                num_attention_heads=4,
+                intermediate_size=48,
+                max_position_embeddings=64,
+                bos_token_id=1,
+                eos_token_id=1,
+            )
+        )
+    if family == "modernbert":
+        return tf.ModernBertModel(
+            tf.ModernBertConfig(
+                vocab_size=VOCABULARY,
+                hidden_size=HIDDEN,
+                num_hidden_layers=LAYERS,
+                num_attention_heads=4,
+                intermediate_size=48,
+                max_position_embeddings=64,
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=1,
+                cls_token_id=1,
+                sep_token_id=1,
+            )
+        )
     return tf.T5ForConditionalGeneration(
         tf.T5Config(
             vocab_size=VOCABULARY,
@@ -101,9 +132,9 @@ def _tokenizer() -> Any:
 
 @functools.cache
 def folder(family: str) -> Path:
-    """The folder of a tiny model of ``bert``, ``llama``, ``gpt2`` or ``t5``, made on first use."""
+    """The folder of a tiny model of `FAMILIES` or `FUSED`, made on first use."""
     path = Path(_FOLDERS.name) / family
-    generator = torch.Generator().manual_seed(FAMILIES.index(family))
+    generator = torch.Generator().manual_seed((*FAMILIES, *FUSED).index(family))
     model = _model(family)
     with torch.no_grad():
         for name, value in model.named_parameters():
@@ -151,6 +182,8 @@ def plain_model(family: str) -> Any:
         "llama": tf.LlamaForCausalLM,
         "gpt2": tf.GPT2LMHeadModel,
         "t5": tf.T5ForConditionalGeneration,
+        "gpt_neox": tf.GPTNeoXForCausalLM,
+        "modernbert": tf.ModernBertModel,
     }[family]
     options = {"add_pooling_layer": False} if family == "bert" else {}
     return kind.from_pretrained(folder(family), dtype=torch.float32, **options).eval()

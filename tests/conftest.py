@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder with real models and data sets beside the checkout; tests skip where it is absent."""
+    """The folder with real models and data sets beside the checkout; skips where it is absent."""
     folder = ROOT.parent / "shared"
     if not (folder / "models").is_dir():
         pytest.skip("needs real models and data in ../shared, which is absent")

@@ -43,7 +43,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
 
 
 def own_rows(example: dict[str, Any], count: int) -> str:
-    """Rows like the example, all different in what they say and in their label where they have one."""
+    """Rows like the example, all different in what they say and in their labels."""
     rows = []
     for i in range(count):
         row = dict(example)

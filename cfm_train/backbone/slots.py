@@ -317,6 +317,11 @@ def per_row(weight: Tensor, like: Tensor) -> Tensor:
     rows = like.shape[0]
     if weight.ndim == 2 and like.ndim == 2:
         weight = weight.reshape(-1)
+    elif weight.ndim == 2 and weight.shape[1] != like.shape[1]:
+        raise UserError(
+            f"The plan has weights for {weight.shape[1]} tokens, but the batch has {like.shape[1]}: "
+            "plug the bricks again, for another length or to generate with one weight for each row."
+        )
     if weight.shape[0] != rows:
         if rows % weight.shape[0]:
             raise UserError(

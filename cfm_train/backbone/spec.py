@@ -20,7 +20,7 @@ from cfm_train.errors import UserError
 
 #: What is fetched from the Hub: weights as safetensors, config, tokenizer. No code, no pickle.
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-_HUB_IGNORED = ["*/*", "*onnx*", "*openvino*", "*training_args*"]
+_HUB_IGNORED = ["*/*", "*onnx*", "*openvino*", "*training_args*", "consolidated*"]
 
 
 @dataclass(frozen=True)

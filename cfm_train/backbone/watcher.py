@@ -150,17 +150,20 @@ class Watcher(TorchDispatchMode):
         a, b = flows[-2:]
         weight = a.weight or b.weight
         total = joined(flows)
-        if weight is not None and key_of(right) in self._weights and right.ndim == 2:
-            self._linear(left, right, output)
-            return
-        if weight is not None:
-            self._expert(weight)
+        if weight is not None and self.record.model.get_parameter(weight).ndim == 2:
+            matrix = right[0] if right.ndim == 3 and right.shape[0] == 1 else right
+            if matrix.ndim == 2 and key_of(right) in self._weights:
+                self._linear(left, matrix, output)
+                return
+            total = Flow(inputs=total.inputs)
+        elif weight is not None:
+            owner = weight.rpartition(".")[0]
+            if owner not in self.record.experts:
+                self.record.experts.append(owner)
             total = Flow(inputs=total.inputs)
         elif bool(a.probabilities) != bool(b.probabilities):
-            values = right if a.probabilities else left
-            result = Result(
-                a.probabilities | b.probabilities, self._sources(values), values.shape[-1]
-            )
+            values, width = (right, right.shape[-1]) if a.probabilities else (left, left.shape[-2])
+            result = Result(a.probabilities | b.probabilities, self._sources(values), width)
             self.record.results.append(result)
             number = len(self.record.results) - 1
             total = Flow(attention=frozenset({number}), inputs=total.inputs)
@@ -176,10 +179,6 @@ class Watcher(TorchDispatchMode):
 
     def _linear(self, left: Tensor, right: Tensor, output: Tensor) -> None:
         name, parameter = self._weights[key_of(right)]
-        if parameter.ndim != 2:
-            self._expert(name)
-            self._put(output, Flow(inputs=self._flow(left).inputs))
-            return
         transposed = right.stride(1) == 1 and right.stride(0) != 1
         features = parameter.shape[1] if transposed else parameter.shape[0]
         if key_of(right) not in self._bases:
@@ -195,11 +194,6 @@ class Watcher(TorchDispatchMode):
         start = base + right.storage_offset() // (1 if transposed else right.shape[0])
         labels = torch.arange(start, start + right.shape[1], dtype=torch.int32, device="cpu")
         self._put(output, Flow(inputs=flow.inputs), labels.expand(output.shape))
-
-    def _expert(self, weight: str) -> None:
-        owner = weight.rpartition(".")[0]
-        if owner not in self.record.experts:
-            self.record.experts.append(owner)
 
     def _embedding(self, weight: Tensor, ids: Tensor, output: Tensor) -> None:
         flow = self._flow(ids)

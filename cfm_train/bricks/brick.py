@@ -88,7 +88,7 @@ class Brick(nn.Module, ABC):
         """What the kind adds to each training step's loss, a scalar; None for nothing."""
         return None
 
-    def after_step(self, step: int, total: int) -> None:  # noqa: B027 (most kinds do nothing)
+    def after_step(self, step: int, total: int) -> None:
         """Called in training after each optimiser step, while its gradients are still there.
 
         Args:

@@ -156,17 +156,19 @@ def _change_norm(weight: Tensor | None, bias: Tensor | None, call: Call) -> Tens
     stand still for long.
     """
     assert call.y is not None and call.base is not None
-    own = {name: value.float() for name, value in call.module.named_parameters(recurse=False)}
+    # With None where a norm has no bias: its code asks for it all the same.
+    parameters = call.module._parameters
+    own = {name: None if value is None else value.float() for name, value in parameters.items()}
     changed = dict(own)
     for name, change in (("weight", weight), ("bias", bias)):
         if change is not None:
-            changed[name] = own[name] + change
+            changed[name] = change + own[name]
     x = call.x.float()
     same = call.base if call.base.dtype == torch.float32 else _run(call.module, own, x)
     return call.y + (_run(call.module, changed, x) - same).to(call.y.dtype)
 
 
-def _run(module: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+def _run(module: nn.Module, parameters: dict[str, Tensor | None], x: Tensor) -> Tensor:
     """A module's forward with other parameters; the module itself stays as it is."""
     shell = copy.copy(module)
     object.__setattr__(shell, "_parameters", parameters)

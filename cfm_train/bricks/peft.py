@@ -26,7 +26,7 @@ from cfm_train.bricks.peft_prompt import VirtualPrompt, prompt_site
 from cfm_train.bricks.peft_tree import Offset, find_offset
 from cfm_train.config.types import TunerOptions
 from cfm_train.errors import UserError
-from cfm_train.library.peft_format import CONFIG_FILE, TENSOR_FILE, aside_tensors
+from cfm_train.library.peft_format import CONFIG_FILE, TENSOR_FILE, aside_tensors, function_of
 
 if TYPE_CHECKING:
     from cfm_train.backbone.load import Backbone
@@ -199,5 +199,5 @@ def _offset(
 
 def _hyper(tuner: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """The hyper-parameters of an adapter that PEFT trained."""
-    options = {key: value for key, value in config.items() if key not in DECIDED}
+    options = {key: v for key, v in function_of(config).items() if key not in DECIDED}
     return {"tuner": tuner, "options": options, "sites": [], "layers": None}

@@ -1,4 +1,4 @@
-"""From a configuration to what is plugged: bricks are read, merges are computed, nothing is guessed."""
+"""From a configuration to what is plugged: bricks are read, merges computed, nothing guessed."""
 
 from __future__ import annotations
 

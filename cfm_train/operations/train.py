@@ -96,6 +96,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
                 tasks,
                 settings,
                 seed=config["seed"],
+                mixture=config["data"]["mixture"],
                 folder=folder,
                 position=position,
                 metrics=metrics,
@@ -127,6 +128,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
             metrics=judged.figures(),
             run=folder.name,
         )
+        figures = judged.figures() | (floor.figures("floor") if floor else {})
         record = {
             "brick": {
                 "name": card.name,
@@ -139,7 +141,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
                 "fingerprint": backbone.fingerprint,
                 "unchanged": same,
             },
-            "metrics": judged.figures() | (floor.figures("floor") if floor else {}),
+            "metrics": figures,
             "checks": {
                 "backbone unchanged": {"value": same, "tolerance": None, "passed": same},
                 "unplugged equals bare": judged.unplugged,
@@ -157,9 +159,10 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
             "samples": samples.latest,
             "curves": "metrics.jsonl",
         }
-        wandb.table("matrix", list(matrix[0]), [list(cell.values()) for cell in matrix])
+        if matrix:
+            wandb.table("matrix", list(matrix[0]), [list(cell.values()) for cell in matrix])
         wandb.artifact(card.name, "brick", inputs.library.folder(card), {"version": card.version})
-        wandb.summary({name: figure["value"] for name, figure in record["metrics"].items()})
+        wandb.summary({name: figure["value"] for name, figure in figures.items()})
     return {**record, "wandb": wandb.as_record()}
 
 

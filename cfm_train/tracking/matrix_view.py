@@ -5,8 +5,8 @@ How figures meet:
 - Rows of the matrix are bricks. Where runs of one name disagree on a task (seeds, settings), each
   gets a row of its own, named by its seed or its config hash; figures are never averaged over runs.
 - Bounds are shared: where several runs measured the same bound, the strictest one stands.
-- Where no upper bound was measured, the best brick of each task stands in for it, for rows that were
-  made from bricks.
+- Where no upper bound was measured, a row that was made from bricks is held against the best brick
+  of each task.
 - A mean over tasks has the interval of a mean of independent figures (the tasks' test sets are).
 """
 
@@ -135,7 +135,7 @@ def headline(matrix: Json, runs: Sequence[Json]) -> Json | None:
 
 
 def maker_of(row: Json, runs: Sequence[Json]) -> Json | None:
-    """The run that made the brick of a row; None where no run here did, or more than one may have."""
+    """The run that made a row's brick; None where no run here did, or several may have."""
     makers = [
         run
         for run in runs

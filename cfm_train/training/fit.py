@@ -80,6 +80,7 @@ def fit(
     settings: Mapping[str, Any],
     *,
     seed: int,
+    mixture: float,
     folder: Path,
     position: Position,
     metrics: MetricsFile,
@@ -94,6 +95,7 @@ def fit(
         tasks: the tasks by name.
         settings: the ``trainer`` section of the recipe.
         seed: decides batches, dropout and initial values.
+        mixture: share of each task ~ rows ** mixture, where there are several.
         folder: the run folder; checkpoints go to ``checkpoints/``.
         position: where the run stands, see `checkpoint.read_position`.
         metrics: the run's metrics file, already cut back to that position.
@@ -109,6 +111,7 @@ def fit(
         tokens_per_batch=settings["tokens_per_batch"],
         rows_per_batch=settings["rows_per_batch"],
         seed=seed,
+        mixture=mixture,
     )
     total, every = plan_steps(stream, settings)
     pad_id = backbone.tokenizer.pad_token_id

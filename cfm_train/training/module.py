@@ -168,6 +168,10 @@ class BrickModule(pl.LightningModule):
                 raise Diverged(f"the loss is {value} at step {step}", *_rows(result, batch))
             loss += value
             self.manual_backward(result.loss / total)
+        penalty = self.brick.penalty()
+        if penalty is not None:  # once a step, whatever the number of micro-batches
+            loss += penalty.item()
+            self.manual_backward(penalty)
         rate = scheduler.get_last_lr()[0]  # type: ignore[union-attr]
         parameters = [p for p in self.brick.parameters() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.optimisation.clip or math.inf).item()
@@ -175,6 +179,7 @@ class BrickModule(pl.LightningModule):
             raise Diverged(f"the gradient is {norm} at step {step}", *_rows(None, group[0]))
         optimizer.step()  # type: ignore[union-attr]
         scheduler.step()  # type: ignore[union-attr]
+        self.brick.after_step(step + 1, self.optimisation.steps)
         self._watch(loss, step, group)
         rows = sum(len(b["index"]) for b in group)
         tokens = sum(int(b["tokens"]) for b in group)

@@ -23,6 +23,7 @@ CHOICES: dict[tuple[str, ...], dict[str, str]] = {
         "llama": r".*norm\.weight",
         "gpt2": r".*ln_\w\.(weight|bias)",
         "t5": r".*layer_norm\.weight",
+        "modernbert": r".*norm\.weight",
     },
     ("norm.weight", "attn.o.bias"): {
         "bert": r"encoder\..*LayerNorm\.weight|.*attention\.output\.dense\.bias",

@@ -10,7 +10,7 @@ import brick_laws as laws
 import peft
 import pytest
 import torch
-from backbones import FAMILIES, answers, bare, batch, tiny
+from backbones import FAMILIES, FUSED, answers, bare, batch, tiny
 from peft_peers import files_of, in_peft, trained_by_peft, values
 
 from cfm_train.backbone.load import Backbone
@@ -75,7 +75,7 @@ def test_equals_peft_in_both_directions(family: str, tmp_path: Path) -> None:
         torch.testing.assert_close(own.grad, peer.grad.flatten(), atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *FUSED])
 def test_made_here_runs_in_peft(family: str, tmp_path: Path) -> None:
     """On GPT-2 k and v are slices of c_attn: one vector for PEFT, with ones at q."""
     backbone = tiny(family)

@@ -10,7 +10,7 @@ import brick_laws as laws
 import peft
 import pytest
 import torch
-from backbones import FAMILIES, answers, bare, batch, folder, randomise, tiny
+from backbones import FAMILIES, FUSED, answers, bare, batch, folder, randomise, tiny
 from lora_cases import VARIANTS, lora, maker, restored
 from peft_peers import files_of, in_peft, trained_by_peft, values
 from torch import Tensor
@@ -119,9 +119,10 @@ def compare_gradients(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *FUSED])
 def test_made_here_runs_in_peft(family: str, variant: str, tmp_path: Path) -> None:
     """On GPT-2 q and v are slices of c_attn: one block adapter for PEFT, taken apart again here."""
+    laws.round_trips(maker(variant), family)
     backbone = tiny(family)
     inputs = batch(backbone)
     brick = laws.random_brick(maker(variant, layers=[-1]), backbone)

@@ -145,6 +145,7 @@ def test_everything_arrives_quietly_and_stays_in_the_run_folder(folder: Path, ho
     assert not list(home.iterdir()), "W&B wrote outside the run folder"
 
 
+@pytest.mark.slow
 def test_rows_lost_in_a_sigkill_are_replayed_and_none_comes_twice(folder: Path, home: Path) -> None:
     killed = python(LOOP, folder, 0, 100, 57, home=home, check=False)
     assert killed.returncode == -9
@@ -160,6 +161,7 @@ def test_rows_lost_in_a_sigkill_are_replayed_and_none_comes_twice(folder: Path, 
     assert ids == {first_id} == {(folder / "wandb" / "run_id").read_text()}
 
 
+@pytest.mark.slow
 def test_steps_run_again_after_they_reached_wandb_are_not_logged_twice(
     folder: Path, home: Path
 ) -> None:
@@ -220,6 +222,7 @@ def test_disabled_imports_nothing_and_writes_nothing(folder: Path, home: Path) -
     assert not list(folder.iterdir())
 
 
+@pytest.mark.slow
 def test_when_wandb_dies_training_goes_on_and_a_resume_makes_up_for_it(
     folder: Path, home: Path
 ) -> None:

@@ -83,7 +83,9 @@ def finish(process: subprocess.Popen[str]) -> str:
     return out
 
 
-def kill_when(process: subprocess.Popen[str], reached: Callable[[], bool], patience: float = 300) -> bool:
+def kill_when(
+    process: subprocess.Popen[str], reached: Callable[[], bool], patience: float = 300
+) -> bool:
     """SIGKILLs the process as soon as ``reached()`` is true; False if it ended before."""
     until = time.monotonic() + patience
     while time.monotonic() < until:
