@@ -228,8 +228,9 @@ def bare(backbone: Backbone, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def randomise(brick: torch.nn.Module, seed: int = 1, scale: float = 0.1) -> None:
-    """Adds noise to every parameter of a brick, so that it does something."""
+    """Adds noise to every parameter that a brick trains, so that it does something."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for value in brick.parameters():
-            value.add_(scale * torch.randn(value.shape, generator=generator))
+            if value.requires_grad:
+                value.add_(scale * torch.randn(value.shape, generator=generator))

@@ -9,11 +9,11 @@ import json
 from collections.abc import Callable, Sequence
 
 import torch
-from backbones import answers, bare, batch, randomise, tiny
 from torch import Tensor
 
 from cfm_train.backbone.load import Backbone
 from cfm_train.bricks.brick import Brick
+from tests.backbones import answers, bare, batch, randomise, tiny
 
 Make = Callable[[Backbone], Brick]
 
@@ -88,7 +88,8 @@ def only_the_brick_learns(make: Make, family: str) -> None:
     with backbone.slots.plugged([brick]):
         answers(backbone, batch(backbone)).square().mean().backward()
     for name, value in brick.named_parameters():
-        assert value.grad is not None and value.grad.abs().sum() > 0, name
+        if value.requires_grad:
+            assert value.grad is not None and value.grad.abs().sum() > 0, name
     assert all(p.grad is None and not p.requires_grad for p in backbone.parameters())
 
 
@@ -114,7 +115,7 @@ def recomputes_the_same(make: Make, family: str) -> None:
         brick.zero_grad()
         with backbone.slots.plugged([brick]):
             answers(backbone, inputs).square().mean().backward()
-        return [p.grad.clone() for p in brick.parameters()]
+        return [p.grad.clone() for p in brick.parameters() if p.requires_grad]
 
     expected = gradients()
     with checkpointing(backbone) as layers:

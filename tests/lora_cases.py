@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import brick_laws as laws
-
 from cfm_train.backbone.load import Backbone
 from cfm_train.bricks.lora import LoRA
+from tests import brick_laws as laws
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {},

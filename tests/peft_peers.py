@@ -7,10 +7,10 @@ from typing import Any
 
 import peft
 import torch
-from backbones import answers, plain_model, randomise
 from torch import Tensor
 
 from cfm_train.bricks.brick import Brick
+from tests.backbones import answers, plain_model, randomise
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 

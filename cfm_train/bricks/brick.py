@@ -16,7 +16,8 @@ import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, cast
 
 import torch
 from safetensors.torch import save
@@ -29,12 +30,29 @@ from cfm_train.errors import UserError
 
 if TYPE_CHECKING:
     from cfm_train.backbone.load import Backbone
+    from cfm_train.data.encode import TaskData
+
+T = TypeVar("T")
 
 NATIVE_FILE = "brick.safetensors"
 HEADS_FILE = "heads.safetensors"
 
 #: Kinds of sites whose module is one linear map (``head`` is a language model's).
 LINEAR = ("linear", "conv1d", "head")
+
+
+@dataclass(frozen=True)
+class Derived:
+    """How a brick that is not trained was made.
+
+    Attributes:
+        rows, tokens: how much was read for it.
+        scores: what was tried, and its loss on validation rows; ``without`` is the bare backbone.
+    """
+
+    rows: int
+    tokens: int
+    scores: dict[str, float]
 
 
 class Brick(nn.Module, ABC):
@@ -47,7 +65,7 @@ class Brick(nn.Module, ABC):
         kind: the kind's name, that of its file and of its YAML.
         granularity: ``neuron``, ``neuron_group``, ``layer`` or ``model``.
         starts_as_identity: whether a new brick leaves every logit as it was, to the bit.
-        trains: whether the kind has parameters to train (a task vector has none).
+        trains: whether the kind is trained; else `fit_without_training` makes it (a task vector).
         hyper: the hyper-parameters, as plain JSON values.
         heads: the heads by task name.
         site_names: the sites that the brick was built for.
@@ -95,6 +113,21 @@ class Brick(nn.Module, ABC):
             step: optimiser steps done, from 1 on.
             total: optimiser steps of the whole run.
         """
+
+    def fit_without_training(
+        self, backbone: Backbone, tasks: Mapping[str, TaskData], seed: int
+    ) -> Derived:
+        """Makes the brick from data alone, as kinds with ``trains = False`` do.
+
+        Args:
+            backbone: the backbone that it was built for, nothing plugged.
+            tasks: the tasks by name.
+            seed: decides everything that is drawn.
+
+        Raises:
+            UserError: the tasks are not of a kind that it can be made from.
+        """
+        raise UserError(f"Bricks of kind {self.kind} are trained, not derived from data.")
 
     def tensors(self) -> dict[str, Tensor]:
         """The brick's own parameters by name, without its heads: what a version is hashed from."""
@@ -196,6 +229,17 @@ def linear_sites(backbone: Backbone, patterns: list[str], layers: list[int] | No
                 f"Site '{site.name}' is a {site.kind}, not a linear layer: choose sites such as "
                 "attn.q, attn.v, ffn.up or ffn.down."
             )
+    return chosen
+
+
+def some(chosen: list[T], key: str) -> list[T]:
+    """What was chosen, unless it is nothing.
+
+    Raises:
+        UserError: the list is empty, so that the brick would have no parameters.
+    """
+    if not chosen:
+        raise UserError(f"brick.{key} is empty: name what the brick shall change, such as attn.q.")
     return chosen
 
 

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from cfm_train.backbone.sites import Site
 from cfm_train.backbone.slots import Call, Out
 from cfm_train.bricks.bank import bias_of, weight_of
-from cfm_train.bricks.brick import LINEAR, Brick, parameter_name
+from cfm_train.bricks.brick import LINEAR, Brick, parameter_name, some
 from cfm_train.bricks.peft_modules import overlap
 from cfm_train.errors import UserError
 
@@ -68,7 +68,7 @@ class Delta(Brick):
         Raises:
             UserError: a pattern fits no parameter, or two of them change the same numbers.
         """
-        patterns, layers = self.hyper["parameters"], self.hyper["layers"]
+        patterns, layers = some(self.hyper["parameters"], "parameters"), self.hyper["layers"]
         chosen = {c.name: c for p in patterns for c in choose(backbone, p, layers)}
         for one, other in itertools.combinations(chosen.values(), 2):
             if one.part == other.part and overlap(one.site, other.site):
@@ -161,8 +161,9 @@ def _change_norm(weight: Tensor | None, bias: Tensor | None, call: Call) -> Tens
     own = {name: None if value is None else value.float() for name, value in parameters.items()}
     changed = dict(own)
     for name, change in (("weight", weight), ("bias", bias)):
-        if change is not None:
-            changed[name] = change + own[name]
+        before = own.get(name)
+        if change is not None and before is not None:
+            changed[name] = before + change
     x = call.x.float()
     same = call.base if call.base.dtype == torch.float32 else _run(call.module, own, x)
     return call.y + (_run(call.module, changed, x) - same).to(call.y.dtype)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from cfm_train.backbone.sites import Site
 from cfm_train.backbone.slots import Call, In, Out
-from cfm_train.bricks.brick import Brick, json_bytes, linear_sites, parameter_name
+from cfm_train.bricks.brick import Brick, json_bytes, linear_sites, parameter_name, some
 from cfm_train.bricks.peft_modules import (
     PREFIX,
     TASK_TYPES,
@@ -66,7 +66,7 @@ class IA3(Brick):
         """
         outputs = linear_sites(backbone, self.hyper["sites"], self.hyper["layers"])
         inputs = linear_sites(backbone, self.hyper["inputs"], self.hyper["layers"])
-        for one, other in itertools.combinations([*outputs, *inputs], 2):
+        for one, other in itertools.combinations(some([*outputs, *inputs], "sites"), 2):
             if overlap(one, other):
                 raise UserError(
                     f"The sites '{one.name}' and '{other.name}' are one module or parts that "

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cfm_train.backbone.sites import Site
 from cfm_train.bricks.bank import LowRank, bias_of, row_norms
-from cfm_train.bricks.brick import Brick, linear_sites, parameter_name
+from cfm_train.bricks.brick import Brick, linear_sites, parameter_name, some
 from cfm_train.bricks.peft_modules import TASK_TYPES, overlap
 from cfm_train.config.types import Positive, Rate, Share
 from cfm_train.errors import UserError
@@ -99,7 +99,7 @@ class LoRA(Brick):
         """Makes A, B (and magnitude and bias) for every chosen site."""
         hyper = self.hyper
         self.task_type = TASK_TYPES[backbone.family]
-        for site in linear_sites(backbone, hyper["sites"], hyper["layers"]):
+        for site in some(linear_sites(backbone, hyper["sites"], hyper["layers"]), "sites"):
             module = backbone.model.get_submodule(site.module)
             A = torch.empty(hyper["rank"], site.in_features)
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from cfm_train.bricks.brick import json_bytes, parameter_name
 from cfm_train.bricks.peft_modules import PREFIX, rows_in
@@ -76,7 +76,7 @@ def to_peft(brick: LoRA) -> dict[str, bytes]:
             f"^{re.escape(m)}": _plain(a.alpha) for m, a in adapters.items() if a.alpha != alpha
         },
     }
-    tensors = {name: value.detach().contiguous().cpu() for name, value in tensors.items()}
+    tensors = {name: value.contiguous() for name, value in tensors.items()}
     return {CONFIG_FILE: json_bytes(config), TENSOR_FILE: save(tensors)}
 
 
@@ -90,22 +90,20 @@ def sites_by_module(brick: LoRA) -> dict[str, list[str]]:
 
 def slices_on_disk(brick: LoRA) -> dict[str, dict[str, dict[str, float]]]:
     """Which sites share one adapter on disk: module → site → its rank and alpha, in file order."""
-    shared = {}
-    for module, names in sites_by_module(brick).items():
-        if not _is_one(brick, names):
-            scale = brick.scales[names[0]]
-            shared[module] = {
-                name: {
-                    "rank": len(brick.lora_A[parameter_name(name)]),
-                    "alpha": _plain(
-                        brick.alphas[name]
-                        if brick.scales[name] == scale
-                        else _alpha(brick, scale, len(brick.lora_A[parameter_name(name)]))
-                    ),
-                }
-                for name in names
-            }
-    return shared
+
+    def entry(name: str, scale: float) -> dict[str, float]:
+        rank = len(brick.lora_A[parameter_name(name)])
+        same = brick.scales[name] == scale
+        return {
+            "rank": rank,
+            "alpha": _plain(brick.alphas[name] if same else _alpha(brick, scale, rank)),
+        }
+
+    return {
+        module: {name: entry(name, brick.scales[names[0]]) for name in names}
+        for module, names in sites_by_module(brick).items()
+        if not _is_one(brick, names)
+    }
 
 
 def _is_one(brick: LoRA, names: list[str]) -> bool:
@@ -130,40 +128,34 @@ def _plain(value: float) -> float | int:
 def _adapter(brick: LoRA, names: list[str]) -> _Adapter:
     """One module's adapter: of one site as it is, of several slices in blocks."""
 
-    def own(parameters: Any, name: str) -> Tensor | None:
-        key = parameter_name(name)
-        return parameters[key].detach() if key in parameters else None
+    def own(parameters: nn.ParameterDict, name: str) -> Any:
+        value = parameters.get(parameter_name(name), None)
+        return None if value is None else value.detach().cpu()
 
-    factors = {name: (own(brick.lora_A, name), own(brick.lora_B, name)) for name in names}
+    parts = (brick.lora_A, brick.lora_B, brick.magnitude, brick.bias)
+    factors = {name: [own(parameters, name) for parameters in parts] for name in names}
     if _is_one(brick, names):
-        A, B = factors[names[0]]
-        assert A is not None and B is not None
-        parts = own(brick.magnitude, names[0]), own(brick.bias, names[0])
-        return _Adapter(A, B, brick.alphas[names[0]], *parts)
+        A, B, magnitude, bias = factors[names[0]]
+        return _Adapter(A, B, brick.alphas[names[0]], magnitude, bias)
     first = brick.built_for[names[0]]
     whole, scale = brick.whole[first.module], brick.scales[names[0]]
     magnitude, bias = _clone(whole.magnitude), _clone(whole.bias)
     blocks_A, blocks_B = [], []
-    for name in names:
-        A, B = factors[name]
-        assert A is not None and B is not None
+    for name, (A, B, own_magnitude, own_bias) in factors.items():
         rows = rows_in(brick.built_for[name], whole.width)
         # Scales may differ: PEFT has one for the module, the rest goes into B.
         ratio = brick.scales[name] / scale
         block = torch.zeros(whole.width, B.shape[1])
-        block[rows] = (B if ratio == 1 else B * ratio).cpu()
-        blocks_A.append(A.cpu())
+        block[rows] = B if ratio == 1 else B * ratio
+        blocks_A.append(A)
         blocks_B.append(block)
-        own_magnitude, own_bias = own(brick.magnitude, name), own(brick.bias, name)
         if own_magnitude is not None and magnitude is not None:
-            magnitude[rows] = own_magnitude.cpu()
-        if own_bias is not None:
-            if brick.hyper["bias"] == "lora_only":
-                assert bias is not None
-                bias[rows] = own_bias.cpu()
-            else:
-                bias = torch.zeros(whole.width) if bias is None else bias
-                bias[rows] += own_bias.cpu() * ratio
+            magnitude[rows] = own_magnitude
+        if own_bias is not None and brick.hyper["bias"] == "lora_bias":
+            bias = torch.zeros(whole.width) if bias is None else bias
+            bias[rows] += own_bias * ratio
+        elif own_bias is not None and bias is not None:
+            bias[rows] = own_bias
     stacked = torch.cat(blocks_A)
     alpha = brick.alphas[names[0]] if len(names) == 1 else _alpha(brick, scale, len(stacked))
     return _Adapter(stacked, torch.cat(blocks_B, dim=1), alpha, magnitude, bias)

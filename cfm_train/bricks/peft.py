@@ -69,7 +69,7 @@ class Peft(Brick):
             self._start(values, backbone, site, Offset())
             return self
         sites = whole_sites(backbone, hyper["sites"], hyper["layers"], hyper["tuner"])
-        values["target_modules"] = [site.module for site in sites]
+        values["target_modules"] = targets(backbone, sites)
         if hyper["tuner"] == "adalora":  # PEFT insists on a length, the run tells it
             rest = (values.get("tinit") or 0) + (values.get("tfinal") or 0)
             values["total_step"] = rest + 1
@@ -186,15 +186,46 @@ def whole_sites(
     return list(found.values())
 
 
+def targets(backbone: Backbone, sites: list[Site]) -> list[str]:
+    """What PEFT's ``target_modules`` must say for exactly these sites.
+
+    PEFT takes a name for the end of a path, and tuners that share parameters (Lily) share them among
+    the modules of one name: so a role in all layers is one name where that fits no other module.
+    """
+    paths = [name for name, _ in backbone.model.named_modules()]
+    wanted = {site.module for site in sites}
+    roles: dict[str, list[str]] = {}
+    for site in sites:
+        role = ".".join(word for word in site.name.split(".") if not word.isdigit())
+        roles.setdefault(role, []).append(site.module)
+    names: set[str] = set()
+    for modules in roles.values():
+        end = _common_end(modules)
+        fits = {path for path in paths if path == end or path.endswith(f".{end}")}
+        names |= {end} if end and fits <= wanted else set(modules)
+    return sorted(names)
+
+
+def _common_end(paths: list[str]) -> str:
+    """The longest run of words that all paths end with."""
+    end: list[str] = []
+    for words in zip(*(reversed(path.split(".")) for path in paths), strict=False):
+        if len(set(words)) > 1:
+            break
+        end.insert(0, words[0])
+    return ".".join(end)
+
+
 def _offset(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], backbone: Backbone
 ) -> Offset:
     """How an adapter's names differ from the backbone's."""
     targets = config.get("target_modules") or []
-    names = [name.removeprefix(PREFIX) for name in tensors]
-    names += [] if isinstance(targets, str) else targets
-    offset = find_offset(names, sites_by_module(backbone))
-    return Offset() if offset is None else offset
+    return find_offset(
+        [name.removeprefix(PREFIX) for name in tensors],
+        [] if isinstance(targets, str) else targets,
+        sites_by_module(backbone),
+    )
 
 
 def _hyper(tuner: str, config: Mapping[str, Any]) -> dict[str, Any]:

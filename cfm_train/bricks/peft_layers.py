@@ -173,7 +173,7 @@ def peft_speaks(tuner: str, backbone: Backbone) -> Iterator[None]:
         warnings.simplefilter("ignore")
         try:
             yield
-        except (TypeError, ValueError, NotImplementedError, RuntimeError, AssertionError) as error:
+        except (TypeError, ValueError, LookupError, RuntimeError, AssertionError, ImportError) as error:
             line = " ".join(str(error).split())[:300].rstrip(".")
             raise UserError(
                 f"PEFT's {tuner} does not work on the backbone '{backbone.id}' with these options: "

@@ -8,6 +8,7 @@ tuner sits is ours to set, from ``sites`` and ``layers``.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -30,6 +31,8 @@ REFUSED = {
     "cpt": "it needs the token ids of one fixed context: choose brick=soft_prompt",
     "multitask_prompt_tuning": "it needs a task id with every row: choose brick=soft_prompt",
     "adaption_prompt": "it rewrites the attention of a few architectures: choose brick=prefix",
+    "lily": "its router averages over the batch, so that an answer would depend on the rows beside it: "
+    "choose brick=lora",
     "poly": "it needs a task id with every row: choose brick=lora, one for each task",
     "xlora": "it mixes LoRA adapters that exist already: train them with brick=lora",
     "osf": "it trains the weights themselves, about as many numbers as the sites hold: choose "
@@ -37,6 +40,9 @@ REFUSED = {
     "shadow": "it runs a second model beside the backbone: choose brick=lora",
     "trainable_tokens": "it trains single rows of the embedding: choose brick=soft_prompt",
 }
+
+#: Packages that a tuner needs beside PEFT, as they are imported and as they are installed.
+NEEDS = {"adamss": ("sklearn", "scikit-learn")}
 
 #: Keys of PEFT's configs that `sites`, `layers`, the backbone and the run decide.
 DECIDED = DESCRIPTIVE | {
@@ -57,6 +63,9 @@ OUTSIDE = {
     "runtime_offload_base_weight": "moves weights of the backbone",
 }
 
+#: Keys that AdaLoRA's config takes over from LoRA's and uses; it would pass over the others.
+_ADALORA_USES = {"lora_alpha", "lora_dropout", "init_lora_weights"}
+
 _NAMES = {name: getattr(typing, name) for name in ("Any", "Literal", "Optional", "Union")}
 _BUILTINS = {kind.__name__: kind for kind in (bool, dict, float, int, list, str, tuple)}
 
@@ -75,6 +84,9 @@ def check_tuner(tuner: str) -> None:
     if tuner not in known:
         hint = nearest(tuner, known - REFUSED.keys() - OURS.keys())
         raise UserError(f"brick.tuner: PEFT has no tuner '{tuner}'.{hint}")
+    module, package = NEEDS.get(tuner, ("peft", "peft"))
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"brick.tuner={tuner} needs {package}: run pip install {package}.")
 
 
 def check_options(tuner: str, options: Mapping[str, Any]) -> None:
@@ -95,6 +107,8 @@ def check_options(tuner: str, options: Mapping[str, Any]) -> None:
         if name not in fields:
             hint = nearest(key, (f"brick.options.{n}" for n in fields.keys() - DECIDED))
             raise UserError(f"{key} is no option of PEFT's {tuner}.{hint}")
+        if tuner == "adalora" and name in config_fields()["LORA"].keys() - _ADALORA_USES:
+            raise UserError(f"{key} is a key of LoRA that PEFT's adalora ignores: leave it out.")
         if value is not None and not _fits(value, fields[name]):
             raise UserError(
                 f"{key}={value!r} does not fit: PEFT's {tuner} takes {fields[name]} there."

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from cfm_train.errors import UserError
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -43,28 +45,40 @@ class Offset:
         return f"{self.left_out}.{path}" if self.left_out else path
 
 
-def find_offset(names: Iterable[str], modules: Iterable[str]) -> Offset | None:
+def find_offset(tensors: Iterable[str], targets: Iterable[str], modules: Iterable[str]) -> Offset:
     """How an adapter's names differ from the backbone's module paths.
 
     Args:
-        names: paths of modules or of tensors in them, as the adapter has them.
+        tensors: names of the adapter's tensors.
+        targets: its ``target_modules``, which are paths or the ends of paths.
         modules: paths of the backbone's modules that may be adapted.
 
-    Returns:
-        The offset under which the first name that can be placed is a module; None where none can.
+    Raises:
+        UserError: the adapter lacks the start of the paths, and several would fit.
     """
-    names, known = [f"{name}." for name in names], list(modules)
-    if any(name.startswith(f"{module}.") for name in names for module in known):
+    names, known = [f"{name}." for name in tensors], list(modules)
+    both = [*names, *(f"{target}." for target in targets)]
+    if any(name.startswith(f"{module}.") for name in both for module in known):
         return Offset()
-    for name in names:
+    for name in both:
         for module in known:
             if f".{module}." in name:
                 return Offset(added=name.partition(f".{module}.")[0])
-            parts = module.split(".")
-            for cut in range(1, len(parts)):
-                if name.startswith(".".join(parts[cut:]) + ".") and len(parts) - cut > 1:
-                    return Offset(left_out=".".join(parts[:cut]))
-    return None
+    starts = {start for name in names for module in known for start in _starts(name, module)}
+    if len(starts) > 1:
+        raise UserError(
+            f"The adapter's modules may lie in any of {', '.join(sorted(starts))}: save it from the "
+            "whole model, so that its names say which."
+        )
+    return Offset(left_out=min(starts, default=""))
+
+
+def _starts(name: str, module: str) -> Iterable[str]:
+    """What a module's path has in front of what a tensor's name begins with."""
+    parts = module.split(".")
+    for cut in range(1, len(parts) - 1):
+        if name.startswith(".".join(parts[cut:]) + "."):
+            yield ".".join(parts[:cut])
 
 
 class Empty(nn.Module):

@@ -9,7 +9,11 @@ from typing import Any
 
 import yaml
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+from omegaconf.errors import (
+    GrammarParseError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+)
 
 from cfm_train.config.quoting import decode
 from cfm_train.errors import UserError, nearest
@@ -42,9 +46,11 @@ def _yaml(error: yaml.YAMLError) -> str:
     return f"{mark.name}, line {mark.line + 1}: not valid YAML, {problem}."
 
 
-def _hydra(error: Exception) -> str:
+def _hydra(error: BaseException) -> str:
     text = re.sub(r"\s*\n\s*See https?:\S+.*", "", str(error), flags=re.DOTALL)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:  # Hydra wraps some errors of OmegaConf without a word of its own
+        return _hydra(error.__cause__) if error.__cause__ else f"{type(error).__name__}."
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.removeprefix("/").rpartition("/")
         inside = re.match(r"In '([^']+)'", lines[0])
@@ -62,6 +68,9 @@ def _hydra(error: Exception) -> str:
     if lines[0].startswith("Ambiguous value for argument"):
         given = lines[0].split("'")[1].lstrip("+")
         return f"{given} names several values: put -m first to run each, or write [a,b] for a list."
+    if isinstance(error, GrammarParseError):
+        key = getattr(error, "full_key", None) or "A value"
+        return f"{key}: an interpolation ${{…}} in it is not closed or cannot be read."
     if isinstance(error, InterpolationResolutionError):
         key = getattr(error, "full_key", None) or "a key"
         return f"{key}: {lines[0].rstrip('.')}."

@@ -13,7 +13,7 @@ from hydra.core.object_type import ObjectType
 from hydra.core.plugins import Plugins
 from hydra.plugins.config_source import ConfigLoadError, ConfigResult, ConfigSource
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from cfm_train import paths
 from cfm_train.config import catalogue
@@ -34,6 +34,8 @@ class RecipeSource(ConfigSource):
             raise ConfigLoadError(f"Config not found: {config_path}")
         with open(path, encoding="utf-8") as file:  # a file, so that YAML errors carry its name
             config = OmegaConf.load(file)
+        if not isinstance(config, DictConfig):
+            raise ConfigLoadError(f"{path}: a recipe is a mapping of keys, not a list")
         # A recipe composes a whole run, so its keys stand at the root unless it says otherwise.
         header = self._get_header_dict(path.read_text("utf-8"))
         header["package"] = header["package"] or "_global_"

@@ -33,6 +33,8 @@ def validate(config: Mapping[str, Any], *, missing_allowed: bool = False) -> dic
         UserError: the first key that does not fit, what was given and what is valid.
     """
     operation = config.get("operation")
+    if operation == MISSING:
+        raise UserError(f"Recipe '{config.get('recipe')}' names no operation: add one to its YAML.")
     if operation not in schema.OPERATIONS:
         raise UserError(
             f"operation: there is no operation {value(operation)}."
@@ -179,6 +181,7 @@ _EXPECTED = {
     "model_type": "a section with keys",
     "none_required": "null",
     "finite_number": "a finite number",
+    "string_too_short": "a text that is not empty",
 }
 
 

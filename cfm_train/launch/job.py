@@ -32,6 +32,10 @@ FREE_BYTES = 64 * 2**20
 PACKAGES = ("cfm_train", "torch", "transformers", "pytorch-lightning", "peft", "numpy")
 
 
+#: What torchrun, Lightning and Slurm tell a process about its place among those of one run.
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
+
+
 class RunFailed(Exception):
     """A run broke off after it had begun: a failed record, and the traceback in its log."""
 
@@ -135,7 +139,7 @@ def _check_disk(folder: Path, key: str) -> None:
 
 def first_process() -> bool:
     """Whether this is the only process of the run, or the first of several."""
-    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
+    return all(os.environ.get(rank, "0") == "0" for rank in RANKS)
 
 
 @contextlib.contextmanager
@@ -179,6 +183,10 @@ def _run(job: Job) -> dict[str, Any]:
             raise
         _fail(job, error, time.monotonic() - started)
         raise RunFailed(str(error)) from error
+    except SystemExit as ended:
+        if isinstance(ended.__context__, KeyboardInterrupt):  # Lightning makes an exit of Ctrl-C
+            raise KeyboardInterrupt from None
+        raise
     except Exception as error:
         _fail(job, error, time.monotonic() - started)
         kind = "" if isinstance(error, RunFailed) else f"{type(error).__name__}: "

@@ -72,6 +72,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     from cfm_train.tracking.metrics_file import MetricsFile
     from cfm_train.training.checkpoint import read_position
     from cfm_train.training.cost import peak_memory
+    from cfm_train.training.derive import derive
     from cfm_train.training.fit import fit
     from cfm_train.training.module import Diverged
     from cfm_train.training.samples import SampleOutputs
@@ -90,19 +91,22 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     with tracked(config, folder) as wandb:
         samples = SampleOutputs(backbone, tasks, settings["samples"], wandb)
         try:
-            fitted = fit(
-                backbone,
-                brick,
-                tasks,
-                settings,
-                seed=config["seed"],
-                mixture=config["data"]["mixture"],
-                folder=folder,
-                position=position,
-                metrics=metrics,
-                wandb=wandb,
-                callbacks=[samples] if settings["samples"] else [],
-            )
+            if brick.trains:
+                fitted = fit(
+                    backbone,
+                    brick,
+                    tasks,
+                    settings,
+                    seed=config["seed"],
+                    mixture=config["data"]["mixture"],
+                    folder=folder,
+                    position=position,
+                    metrics=metrics,
+                    wandb=wandb,
+                    callbacks=[samples] if settings["samples"] else [],
+                )
+            else:
+                fitted = derive(backbone, brick, tasks, config["seed"], metrics, wandb)
         except Diverged as error:
             raise RuntimeError(_where(error, tasks)) from None
         judged = judge(backbone, brick, tasks, config["evaluation"], seed=config["seed"])

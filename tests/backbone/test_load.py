@@ -13,7 +13,6 @@ import torch
 import transformers as tf
 import yaml
 from architectures import ARCHITECTURES
-from backbones import answers, batch, tiny
 from safetensors.torch import load_file, save_file
 
 from cfm_train.backbone.dtypes import cpu_bfloat16_flags, native_dtype
@@ -21,6 +20,7 @@ from cfm_train.backbone.load import Backbone, load_backbone, load_tokenizer
 from cfm_train.backbone.spec import resolve
 from cfm_train.errors import UserError
 from cfm_train.paths import ROOT
+from tests.backbones import answers, batch, tiny
 
 MINILM = yaml.safe_load((ROOT / "conf/backbone/minilm.yaml").read_text())
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from backbones import FAMILIES, VOCABULARY, answers, bare, batch, plain_model, tiny
+from tests.backbones import FAMILIES, VOCABULARY, answers, bare, batch, plain_model, tiny
 from torch import Tensor
 
 from cfm_train.backbone.attention import NAME

@@ -5,15 +5,15 @@ from __future__ import annotations
 import types
 from typing import Any
 
-import brick_laws as laws
 import pytest
 import torch
-from backbones import FAMILIES, answers, bare, batch, plain_model, tiny
 from torch import Tensor, nn
 
 from cfm_train.backbone.load import Backbone
 from cfm_train.bricks.bottleneck import Bottleneck
 from cfm_train.errors import UserError
+from tests import brick_laws as laws
+from tests.backbones import FAMILIES, answers, bare, batch, plain_model, tiny
 
 PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
 
@@ -218,7 +218,7 @@ def test_equals_replaced_modules(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_placements_and_low_rank_together(family: str) -> None:
     """Three kinds of places and a LoRA in one batch, each for its own row."""
-    from lora_cases import lora
+    from tests.lora_cases import lora
 
     backbone = tiny(family)
     inputs = batch(backbone, rows=4)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import brick_laws as laws
 import pytest
 import torch
-from backbones import FAMILIES, answers, bare, batch, plain_model, tiny
 from torch import Tensor
 
 from cfm_train.backbone.load import Backbone
 from cfm_train.bricks.delta import Delta
 from cfm_train.errors import UserError
+from tests import brick_laws as laws
+from tests.backbones import FAMILIES, answers, bare, batch, plain_model, tiny
 
 #: What is chosen -> what transformers calls these parameters, written down by hand.
 CHOICES: dict[tuple[str, ...], dict[str, str]] = {
@@ -150,6 +150,8 @@ def test_a_family_without_biases_says_what_to_choose(family: str) -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(UserError, match=r"brick\.parameters is empty"):
+        delta(tiny("gpt2"), [])
     with pytest.raises(UserError, match="share numbers"):
         delta(tiny("gpt2"), ["attn.q.bias", "bias"])
     with pytest.raises(UserError, match=r"no site 'attn\.w'"):

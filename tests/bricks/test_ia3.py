@@ -6,16 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import brick_laws as laws
 import peft
 import pytest
 import torch
-from backbones import FAMILIES, FUSED, answers, bare, batch, tiny
-from peft_peers import files_of, in_peft, trained_by_peft, values
 
 from cfm_train.backbone.load import Backbone
 from cfm_train.bricks.ia3 import IA3, scale
 from cfm_train.errors import UserError
+from tests import brick_laws as laws
+from tests.backbones import FAMILIES, FUSED, answers, bare, batch, tiny
+from tests.peft_peers import files_of, in_peft, trained_by_peft, values
 
 
 def ia3(backbone: Backbone, **changed: Any) -> IA3:
@@ -102,6 +102,8 @@ def test_what_does_not_fit_is_refused() -> None:
         ia3(llama, sites=["ffn.down"])
     with pytest.raises(UserError, match="overlap"):
         ia3(gpt2, sites=["attn.qkv", "attn.q"])
+    with pytest.raises(UserError, match=r"brick\.sites is empty"):
+        ia3(gpt2, sites=[], inputs=[])
     with pytest.raises(UserError, match="shares its input"):
         ia3(gpt2, sites=[], inputs=["attn.q"])
     files = ia3(llama).files()

@@ -6,16 +6,16 @@ import json
 import math
 from typing import Any
 
-import brick_laws as laws
 import pytest
 import torch
-from backbones import FAMILIES, batch, randomise, tiny
-from lora_cases import VARIANTS, lora, maker, restored
 from safetensors.torch import load, save
 from torch import Tensor
 
 from cfm_train.bricks.lora import LoRA
 from cfm_train.errors import UserError
+from tests import brick_laws as laws
+from tests.backbones import FAMILIES, answers, batch, randomise, tiny
+from tests.lora_cases import VARIANTS, lora, maker, restored
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -82,6 +82,34 @@ def test_bank_equals_each_brick_alone(family: str) -> None:
     half = laws.plugged(backbone, bricks[:2], inputs, [0.5, None])
     same = laws.plugged(backbone, bricks[:2], inputs, [torch.full((4,), 0.5), torch.ones(4)])
     torch.testing.assert_close(half, same, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_in_the_bank_are_those_of_each_row_alone(family: str) -> None:
+    """Rows that do not carry a brick leave its gradient as if they were not in the batch."""
+    backbone = tiny(family)
+    inputs = batch(backbone, rows=3)
+    bricks = [lora(backbone, rank=2), lora(backbone, rank=5), lora(backbone, dora=True)]
+    for seed, brick in enumerate(bricks):
+        randomise(brick.train(), seed)
+    with backbone.slots.plugged(bricks, list(torch.eye(3))):
+        answers(backbone, inputs).square().mean(dim=(1, 2)).sum().backward()
+    for row, brick in enumerate(bricks):
+        together = [p.grad for p in brick.parameters()]
+        brick.zero_grad()
+        alone = {name: value[row : row + 1] for name, value in inputs.items()}
+        with backbone.slots.plugged([brick]):
+            answers(backbone, alone).square().mean().backward()
+        for found, parameter in zip(together, brick.parameters(), strict=True):
+            torch.testing.assert_close(found, parameter.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_token_weights_of_another_length_are_refused() -> None:
+    """They would stretch one token over many unseen, when ``generate`` goes on token by token."""
+    backbone = tiny("llama")
+    brick = lora(backbone)
+    with pytest.raises(UserError, match="weights for 4 tokens, but the batch has 1"):
+        laws.plugged(backbone, [brick], batch(backbone, rows=2, length=1), [torch.ones(2, 4)])
 
 
 def test_weights_scale_the_update_by_row_and_token() -> None:
@@ -171,5 +199,7 @@ def test_sites_that_set_a_row_twice_are_refused() -> None:
 
 
 def test_a_site_that_is_not_linear_is_refused() -> None:
+    with pytest.raises(UserError, match=r"brick\.sites is empty"):
+        lora(tiny("llama"), sites=[])
     with pytest.raises(UserError, match="not a linear layer"):
         lora(tiny("llama"), sites=["layer.0"])

@@ -6,17 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-import brick_laws as laws
 import peft
 import pytest
 import torch
-from backbones import FAMILIES, FUSED, answers, bare, batch, folder, randomise, tiny
-from lora_cases import VARIANTS, lora, maker, restored
-from peft_peers import files_of, in_peft, trained_by_peft, values
 from torch import Tensor
 
 from cfm_train.backbone.load import Backbone
 from cfm_train.bricks.lora import LoRA
+from tests import brick_laws as laws
+from tests.backbones import FAMILIES, FUSED, answers, bare, batch, folder, randomise, tiny
+from tests.lora_cases import VARIANTS, lora, maker, restored
+from tests.peft_peers import files_of, in_peft, trained_by_peft, values
 
 #: q, v, a projection of the feed-forward and the output: what PEFT calls them in each family.
 MODULES = {

@@ -5,18 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import brick_laws as laws
 import peft
 import pytest
 import torch
-from backbones import FAMILIES, answers, bare, batch, randomise, tiny
-from peft_peers import files_of, in_peft, trained_by_peft, values
 
 from cfm_train.backbone.load import Backbone
 from cfm_train.bricks.brick import parameter_name
 from cfm_train.bricks.peft_modules import TASK_TYPES
 from cfm_train.bricks.prefix import Prefix, token_states
 from cfm_train.errors import UserError
+from tests import brick_laws as laws
+from tests.backbones import FAMILIES, answers, bare, batch, randomise, tiny
+from tests.peft_peers import files_of, in_peft, trained_by_peft, values
 
 HYPER: dict[str, Any] = {
     "tokens": 4,

@@ -6,17 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-import brick_laws as laws
 import peft
 import pytest
 import torch
-from backbones import FAMILIES, answers, bare, batch, tiny
-from peft_peers import files_of, in_peft, trained_by_peft, values
 
 from cfm_train.backbone.load import Backbone
 from cfm_train.bricks.peft_modules import TASK_TYPES
 from cfm_train.bricks.soft_prompt import SoftPrompt
 from cfm_train.errors import UserError
+from tests import brick_laws as laws
+from tests.backbones import FAMILIES, answers, bare, batch, tiny
+from tests.peft_peers import files_of, in_peft, trained_by_peft, values
 
 
 def soft_prompt(backbone: Backbone, **changed: Any) -> SoftPrompt:

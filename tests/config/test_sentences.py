@@ -173,6 +173,27 @@ def test_a_recipe_with_an_unknown_operation(checkout: Path) -> None:
     assert str(caught.value) == "operation: there is no operation 'trian'. Did you mean 'train'?"
 
 
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("# Empty\n", "Recipe 'task/sst2' names no operation: add one to its YAML."),
+        ("- a\n", "{path}: a recipe is a mapping of keys, not a list."),
+        ("name: x\nname: y\n", "{path}, line 2: not valid YAML, found duplicate key name."),
+        (
+            "operation: train\nname: ${\n",
+            "name: an interpolation ${…} in it is not closed or cannot be read.",
+        ),
+        ("operation: train\nname: ${nope}\n", "name: Interpolation key 'nope' not found."),
+    ],
+)
+def test_recipes_that_cannot_be_used(checkout: Path, text: str, sentence: str) -> None:
+    path = checkout / "recipes/task/sst2.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        validate(compose.compose(["recipe=task/sst2"]))
+    assert str(caught.value) == sentence.replace("{path}", str(path))
+
+
 def test_a_new_recipe_is_found_by_its_file(checkout: Path) -> None:
     path = checkout / "recipes/mine/deep/one.yaml"
     path.parent.mkdir(parents=True)

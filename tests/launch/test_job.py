@@ -116,14 +116,15 @@ def test_outputs_that_is_a_file(command: Command, tmp_path: Path) -> None:
     assert below(tmp_path) == ["taken"]
 
 
-def test_control_c_ends_with_130_and_the_run_goes_on_later(tmp_path: Path) -> None:
+@pytest.mark.parametrize("moment", ["config.yaml", "metrics.jsonl"])
+def test_control_c_ends_with_130_and_the_run_goes_on_later(moment: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "cfm_train", *SHORT, "trainer.max_steps=100000"]
     env = {**os.environ, "PYTHONPATH": str(paths.PACKAGE.parent)}
     process = subprocess.Popen(
         command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("outputs/runs/*/*/config.yaml")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob(f"outputs/runs/*/*/{moment}")) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
