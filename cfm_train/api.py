@@ -31,9 +31,8 @@ def load(
     """Loads a backbone and plugs a configuration of bricks into it.
 
     Args:
-        backbone: a name from ``conf/backbone`` (``minilm``), a local folder, a Hub id, or a
-        mapping with the
-            keys of a ``backbone`` section.
+        backbone: a name from ``conf/backbone`` (``minilm``), a local folder, a Hub id, or a mapping
+            with keys of a ``backbone`` section.
         configuration: a brick (``sst2``, ``sst2@1f2c``) or an expression over bricks
             (``merge(linear, [sst2, trec])``); None for the bare backbone.
         head: which head answers, where the configuration has several.
@@ -57,7 +56,9 @@ def load(
     from cfm_train.library.store import Library
 
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_backbone(resolve(_section(backbone)), dtype=dtype, device=where)
+    section = _section(backbone)
+    chosen_dtype = section["dtype"] if dtype == "auto" else dtype
+    loaded = load_backbone(resolve(section), dtype=chosen_dtype, device=where)
     chosen = None
     if configuration is not None:
         shelf = Library(library or os.environ.get("CFM_LIBRARY") or "outputs/library")
@@ -83,7 +84,11 @@ def _section(backbone: str | Mapping[str, Any]) -> dict[str, Any]:
     from cfm_train.config.compose import option
 
     if isinstance(backbone, Mapping):
-        return dict(backbone)
+        section = option("backbone", "hf")
+        for key in backbone:
+            if key not in section:
+                raise UserError(f"A backbone section has no key '{key}'.{nearest(key, section)}")
+        return {**section, **backbone}
     if backbone in groups()["backbone"] and backbone != "hf":
         return option("backbone", backbone)
     return option("backbone", "hf", path=backbone)

@@ -113,6 +113,7 @@ def recomputes_the_same(make: Make, family: str) -> None:
 
     def gradients() -> list[Tensor]:
         brick.zero_grad()
+        torch.manual_seed(0)
         with backbone.slots.plugged([brick]):
             answers(backbone, inputs).square().mean().backward()
         return [p.grad.clone() for p in brick.parameters() if p.requires_grad]
@@ -135,13 +136,13 @@ class checkpointing:
         self.layers = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
     def __enter__(self) -> int:
-        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model.activation_checkpointing_enable({"use_reentrant": False})
         for layer in self.layers:
             layer.training = True  # the flag alone: what lies inside stays in eval mode
         return len(self.layers)
 
     def __exit__(self, *_: object) -> None:
-        self.model.gradient_checkpointing_disable()
+        self.model.activation_checkpointing_disable()
         for layer in self.layers:
             layer.training = False
 

@@ -1,7 +1,7 @@
 """Whether bricks that want a site to themselves have it: a check of the plan, before any forward.
 
-A brick that runs through PEFT computes a module's whole output anew, so nothing else may act on that
-module for the same rows. Another brick on other rows of the batch is no company.
+A brick that runs through PEFT computes a module's whole output anew, so nothing else may act on
+that module for the same rows. Another brick on other rows of the batch is no company.
 """
 
 from __future__ import annotations
@@ -49,5 +49,7 @@ def _meet(one: Weight, other: Weight) -> bool:
 
 
 def _there(weight: Weight) -> Tensor:
-    value = weight if isinstance(weight, Tensor) else torch.tensor(1.0 if weight is None else weight)
+    value = (
+        weight if isinstance(weight, Tensor) else torch.tensor(1.0 if weight is None else weight)
+    )
     return value.detach().to("cpu") != 0

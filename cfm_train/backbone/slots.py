@@ -7,7 +7,7 @@ result goes on untouched: unplugging is exact because nothing was ever added to 
 What a brick puts into a slot is one of five plugs:
 
     Together out += …, all bricks in one call  (LoRA, DoRA: `bricks/bank.py`)
-    Out      out  = fn(call)                   (IA3, adapters, biases, steering vectors, PEFT's tuners)
+    Out      out  = fn(call)                   (IA3, adapters, biases, task vectors, PEFT's layers)
     In       x    = fn(call)                   (IA3 on the feed-forward's input)
     KV       attention sees extra keys, values (prefix tuning, cartridges; see `attention.py`)
     Prompt   virtual tokens before the input   (soft prompts; see `prompts.py`)
@@ -80,8 +80,8 @@ class Call:
 class Out:
     """Replaces a site's output by ``fn(call)``.
 
-    ``reads`` names a site whose input is kept for it; ``alone`` refuses other bricks on the same rows
-    of the site's module.
+    ``reads`` names a site whose input is kept for it; ``alone`` refuses other bricks on the same
+    rows of the site's module.
     """
 
     site: str

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from cfm_train.backbone.sites import Site
 from cfm_train.backbone.slots import Plug
-from cfm_train.bricks.heads import Head
+from cfm_train.bricks.heads import Head, Heads
 from cfm_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Brick(nn.Module, ABC):
     def __init__(self, **hyper: Any) -> None:
         super().__init__()
         self.hyper = hyper
-        self.heads = nn.ModuleDict()
+        self.heads = Heads()
         self.site_names = ()
 
     @abstractmethod
@@ -199,8 +199,8 @@ class Brick(nn.Module, ABC):
                 value.copy_(tensors[name])
 
     def add_head(self, task: str, head: Head) -> None:
-        """Gives the brick a head for a task; tensors are named by it: dots become underscores."""
-        self.heads[task.replace(".", "_")] = head
+        """Gives the brick a head for a task; its tensors are named by it."""
+        self.heads[task] = head
 
     def head_for(self, task: str) -> Head | None:
         """The head of a task, None where the brick has none for it."""

@@ -1,11 +1,12 @@
 """Demonstrations in a prompt: contexts made from a task's rows, and what a model makes of them.
 
-A context is a few rows with their answers, one behind the other, and a last row without:
+A context is a few rows with their answers, as earlier turns of one conversation, and a last row
+without:
 
-    prompt_1 answer_1 ⏎⏎ … prompt_n answer_n ⏎⏎ query
+    prompt_1 answer_1 … prompt_n answer_n query
 
-All prompts of a task end alike (``### Assistant:⏎``, an arrow, a chat template's mark): that ending is
-found here, so that the place where an answer begins can be told from token ids alone.
+All prompts of a task end alike (``### Assistant:⏎``, an arrow, a chat template's mark): that ending
+is found here, so that the place where an answer begins can be told from token ids alone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cfm_train.data.conversations import Message, write
 from cfm_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,10 +35,17 @@ ROWS = 16
 
 @dataclass(frozen=True)
 class Example:
-    """One row as token ids: what is asked, and the last answer with the mark that ends it."""
+    """One row.
+
+    Attributes:
+        prompt: token ids of what is asked.
+        answer: token ids of the last answer, with the mark that ends it.
+        messages: the conversation, its last message the answer.
+    """
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
+    messages: tuple[Message, ...]
 
 
 def examples(encoded: Encoded) -> list[Example]:
@@ -46,7 +55,8 @@ def examples(encoded: Encoded) -> list[Example]:
         ids = encoded.slice("input_ids", i).tolist()
         start = int(encoded.arrays["answer_starts"][i])
         if 0 < start < len(ids):
-            found.append(Example(tuple(ids[:start]), tuple(ids[start:])))
+            messages = tuple(encoded.row(i)["messages"])
+            found.append(Example(tuple(ids[:start]), tuple(ids[start:]), messages))
     return found
 
 
@@ -103,40 +113,43 @@ def draw_contexts(
     """
     if len(rows) <= demonstrations:
         raise UserError(
-            f"brick.demonstrations={demonstrations} needs more than {demonstrations} training rows, "
-            f"but there are {len(rows)}: ask for fewer, or give more rows."
+            f"brick.demonstrations={demonstrations} needs more training rows than that, but there "
+            f"are {len(rows)}: ask for fewer, or give more rows."
         )
-    tokenizer = backbone.tokenizer
-    gap = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
     config = backbone.model.config
-    limit = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", 2**30))
+    limit = min(
+        backbone.tokenizer.model_max_length, getattr(config, "max_position_embeddings", 2**30)
+    )
     generator = np.random.default_rng(seed)
     made = []
     for _ in range(contexts):
         drawn = [rows[i] for i in generator.choice(len(rows), demonstrations + 1, replace=False)]
-        query = list(drawn[0].prompt)
-        parts = [[*row.prompt, *_without(row.answer, tokenizer.eos_token_id)] for row in drawn[1:]]
-        while parts and len(_chained([*parts, query], gap, tokenizer.bos_token_id)) > limit:
-            parts.pop()
-        if not parts:
+        query, shown = drawn[0], drawn[1:]
+        ids = in_context(query, shown, backbone.tokenizer)
+        while shown and len(ids) > limit:
+            shown.pop()
+            ids = in_context(query, shown, backbone.tokenizer)
+        if not shown:
             raise UserError(
                 f"Not one demonstration and a query fit into the {limit} tokens that the backbone "
                 f"'{backbone.id}' reads: shorten the rows (data.max_length)."
             )
-        made.append(Context(_chained([*parts, query], gap, tokenizer.bos_token_id), query))
+        made.append(Context(ids, list(query.prompt)))
     return made
 
 
-def _without(ids: Sequence[int], mark: int | None) -> list[int]:
-    """An answer without the end-of-text mark, behind which a model would begin something new."""
-    return list(ids[:-1]) if ids and ids[-1] == mark else list(ids)
-
-
-def _chained(parts: Sequence[Sequence[int]], gap: Sequence[int], begin: int | None) -> list[int]:
-    chained = list(parts[0])
-    for part in parts[1:]:
-        chained += [*gap, *(part[1:] if part[0] == begin else part)]
-    return chained
+def in_context(query: Example, shown: Sequence[Example], tokenizer: Any) -> list[int]:
+    """The token ids of a query behind demonstrations, as earlier turns of one conversation."""
+    system = [m for m in query.messages if m["role"] == "system"]
+    turns = [m for row in shown for m in row.messages if m["role"] != "system"]
+    asked = [m for m in query.messages[:-1] if m["role"] != "system"]
+    text = write([*system, *turns, *asked], tokenizer, prompt=True)
+    if not tokenizer.chat_template and tokenizer.eos_token:
+        # Behind its end-of-text mark a plain language model would begin something new.
+        text = text.replace(tokenizer.eos_token, "")
+    special = not tokenizer.chat_template  # a template writes its own
+    ids: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
+    return ids
 
 
 @torch.no_grad()
@@ -158,9 +171,8 @@ def answer_loss(backbone: Backbone, rows: Sequence[tuple[Sequence[int], Sequence
             size = len(prompt) + len(answer)
             ids[i, :size] = torch.tensor([*prompt, *answer])
             mask[i, :size] = 1
-            targets[i, len(prompt) - 1 : size - 1] = torch.tensor(
-                answer
-            )  # each from the one before
+            # Each token of the answer is told from the token before it.
+            targets[i, len(prompt) - 1 : size - 1] = torch.tensor(answer)
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
         logits = backbone.logits(**{k: v.to(backbone.device) for k, v in inputs.items()}).float()
         losses = F.cross_entropy(

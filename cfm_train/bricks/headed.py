@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 from torch import Tensor
@@ -40,6 +41,8 @@ class HeadedModel(PreTrainedModel):
         self.body = backbone.model
         self.head = head
         self._plugged: list[Backbone] = [backbone]  # in a list: no submodule, `body` is its model
+        takes = inspect.signature(backbone.model.base_model.forward).parameters
+        self._counts_positions = backbone.family == "decoder" and "position_ids" in takes
 
     def forward(
         self,
@@ -60,6 +63,9 @@ class HeadedModel(PreTrainedModel):
         """
         mask = input_ids.new_ones(input_ids.shape) if attention_mask is None else attention_mask
         extra = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        if self._counts_positions and not bool(mask[:, 0].all()):
+            # Padding on the left must not move the text away from position 0.
+            extra["position_ids"] = (mask.long().cumsum(dim=1) - 1).clamp_min(0)
         logits = self.head(self._plugged[0].hidden_states(input_ids, mask, **extra), mask)
         loss = None if labels is None else _loss(self.head.task_type, logits, labels)
         if self.head.task_type == "token":

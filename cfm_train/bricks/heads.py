@@ -9,6 +9,7 @@ small, and its logits decide.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -85,3 +86,42 @@ class Head(nn.Module):
         return cls(
             described["task"], described["labels"], described["hidden_size"], described["pooling"]
         )
+
+
+class Heads(nn.ModuleDict):
+    """Heads by task name, whatever the name is.
+
+    PyTorch forbids dots in the names of modules, and names that a module already has, such as
+    ``train``; both are fine names for a task, so a head is kept under an escaped one.
+    """
+
+    def __getitem__(self, key: str) -> nn.Module:
+        return super().__getitem__(_escaped(key))
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        super().__setitem__(_escaped(key), module)
+
+    def __delitem__(self, key: str) -> None:
+        super().__delitem__(_escaped(key))
+
+    def __contains__(self, key: str) -> bool:
+        return super().__contains__(_escaped(key))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def keys(self) -> Any:
+        """The names of the tasks."""
+        return {_unescaped(key): None for key in self._modules}.keys()
+
+    def items(self) -> Any:
+        """Name of the task and head."""
+        return {_unescaped(key): module for key, module in self._modules.items()}.items()
+
+
+def _escaped(task: str) -> str:
+    return "of_" + task.replace("%", "%25").replace(".", "%2E")
+
+
+def _unescaped(key: str) -> str:
+    return key.removeprefix("of_").replace("%2E", ".").replace("%25", "%")

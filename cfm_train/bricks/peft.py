@@ -1,9 +1,10 @@
-"""Bricks that run through PEFT itself: AdaLoRA, VeRA, LoHa, LoKr, OFT, BOFT, P-tuning and the others.
+"""Bricks that run through PEFT itself: AdaLoRA, VeRA, LoHa, LoKr, OFT, BOFT, P-tuning and others.
 
-The kind is named as the library names it, ``peft``; which of PEFT's tuners it is stands in ``tuner``.
-The layers are PEFT's own, built beside the backbone and called by its slots (`peft_layers.py`), so a
-brick plugs and unplugs exactly and its parameters are never part of the backbone. Only one such brick
-may act on a row at a site. On disk it is PEFT's format, written and read by PEFT's own functions.
+The kind is named as the library names it, ``peft``; which of PEFT's tuners it is stands in
+``tuner``. The layers are PEFT's own, built beside the backbone and called by its slots
+(`peft_layers.py`), so a brick plugs and unplugs exactly and its parameters are never part of the
+backbone. Only one such brick may act on a row at a site. On disk it is PEFT's format, written and
+read by PEFT's own functions.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class Peft(Brick):
     Args:
         tuner: PEFT's name of it in small letters, such as ``vera``.
         options: keys of the tuner's PEFT config; null leaves one to PEFT.
-        sites: patterns of linear sites (of norms for ``ln_tuning``, ``embed`` for ``p_tuning``). PEFT
-            adapts whole modules: a part of a fused one stands for all of it.
+        sites: patterns of linear sites (of norms for ``ln_tuning``, ``embed`` for ``p_tuning``).
+            PEFT adapts whole modules: a part of a fused one stands for all of it.
         layers: numbers of the layers to use, negative ones from the top; None for all.
     """
 
@@ -140,8 +141,8 @@ class Peft(Brick):
         """A brick from PEFT's two files, trained here or anywhere else.
 
         Raises:
-            UserError: the tuner does not run as a brick, the adapter asks for what its layers do not
-                compute, or it belongs to another backbone.
+            UserError: the tuner does not run as a brick, the adapter asks for what its layers do
+                not compute, or it belongs to another backbone.
         """
         config = json.loads(files[CONFIG_FILE])
         tuner = str(config["peft_type"]).lower()
@@ -189,8 +190,8 @@ def whole_sites(
 def targets(backbone: Backbone, sites: list[Site]) -> list[str]:
     """What PEFT's ``target_modules`` must say for exactly these sites.
 
-    PEFT takes a name for the end of a path, and tuners that share parameters (Lily) share them among
-    the modules of one name: so a role in all layers is one name where that fits no other module.
+    PEFT takes a name for the end of a path: a role in all layers is one name where that fits no
+    other module, as people write it.
     """
     paths = [name for name, _ in backbone.model.named_modules()]
     wanted = {site.module for site in sites}
@@ -216,9 +217,7 @@ def _common_end(paths: list[str]) -> str:
     return ".".join(end)
 
 
-def _offset(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], backbone: Backbone
-) -> Offset:
+def _offset(config: Mapping[str, Any], tensors: Mapping[str, Tensor], backbone: Backbone) -> Offset:
     """How an adapter's names differ from the backbone's."""
     targets = config.get("target_modules") or []
     return find_offset(

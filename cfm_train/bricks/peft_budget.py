@@ -1,9 +1,9 @@
 """AdaLoRA's rank budget: PEFT's allocator, with its memory kept where a checkpoint finds it.
 
-AdaLoRA (Zhang et al. 2023, arXiv 2303.10512) starts with too high a rank everywhere, scores each rank
-by smoothed sensitivity and uncertainty while it trains, and sets the least important ones to zero
-until the mean rank is the target. PEFT keeps the scores in plain dicts; here they are buffers, so a
-killed run goes on with the very same scores, and the best checkpoint has its own ranks.
+AdaLoRA (Zhang et al. 2023, arXiv 2303.10512) starts with too high a rank everywhere, scores each
+rank by smoothed sensitivity and uncertainty while it trains, and sets the least important ones to
+zero until the mean rank is the target. PEFT keeps the scores in plain dicts; here they are buffers,
+so a killed run goes on with the very same scores, and the best checkpoint has its own ranks.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class RankBudget(nn.Module):
             self.get_buffer(_key("kept", name)).copy_(torch.tensor(kept))
 
     def pattern_to_save(self) -> dict[str, list[bool]] | None:
-        """Which ranks PEFT's file keeps: those chosen, and those that came back since; None for all."""
+        """Which ranks PEFT's file keeps, None for all: the chosen, and those that came back."""
         factors = self._factors()
         pattern = {
             name: (torch.tensor(kept) | (factors[name].detach().flatten() != 0).cpu()).tolist()

@@ -54,7 +54,7 @@ class Layers(nn.Module):
         rank_schedule: tuple[int | None, int | None],
     ) -> None:
         super().__init__()
-        tuner = str(config.peft_type.value).lower()
+        tuner = tuner_of(config)
         before = checksum(backbone.model)
         tree = twin_tree(backbone, offset)
         with peft_speaks(tuner, backbone):
@@ -92,10 +92,8 @@ class Layers(nn.Module):
     @property
     def rank_pattern(self) -> dict[str, Any] | None:
         """Which ranks of which module the last `state` holds; None for all."""
-        pattern: dict[str, Any] | None = getattr(
-            self.model.peft_config[ADAPTER], "rank_pattern", None
-        )
-        return pattern or None
+        config: Any = self.model.peft_config[ADAPTER]
+        return getattr(config, "rank_pattern", None) or None
 
     def plugs(self) -> Iterable[Out]:
         """One plug for each layer, which has its module to itself."""
@@ -104,7 +102,7 @@ class Layers(nn.Module):
 
     def state(self) -> dict[str, Tensor]:
         """The tensors as PEFT names and stores them, without aliases."""
-        config = self.model.peft_config[ADAPTER]
+        config: Any = self.model.peft_config[ADAPTER]
         if self.budget is not None:
             config.rank_pattern = self.budget.pattern_to_save()
         state = get_peft_model_state_dict(self.model, adapter_name=ADAPTER)
@@ -134,7 +132,7 @@ class Layers(nn.Module):
         self.budget = None  # ranks that were cut are gone
 
     def penalty(self) -> Tensor | None:
-        """What AdaLoRA adds to the loss so that its factors stay orthogonal; None for other tuners."""
+        """What AdaLoRA adds to the loss to keep its factors orthogonal; None for other tuners."""
         if self.budget is None:
             return None
         loss: Tensor = self.model.base_model(None).loss
@@ -160,6 +158,12 @@ def _run(layer: nn.Module, call: Call) -> Tensor:
     return answer.to(call.base.dtype)
 
 
+def tuner_of(config: PeftConfig) -> str:
+    """The name of a config's tuner, in small letters."""
+    kind: Any = config.peft_type
+    return str(kind.value).lower()
+
+
 def sites_by_module(backbone: Backbone) -> dict[str, str]:
     """The whole sites that PEFT may adapt, by the path of their module."""
     kinds = (*LINEAR, "norm")
@@ -173,7 +177,14 @@ def peft_speaks(tuner: str, backbone: Backbone) -> Iterator[None]:
         warnings.simplefilter("ignore")
         try:
             yield
-        except (TypeError, ValueError, LookupError, RuntimeError, AssertionError, ImportError) as error:
+        except (
+            TypeError,
+            ValueError,
+            LookupError,
+            RuntimeError,
+            AssertionError,
+            ImportError,
+        ) as error:
             line = " ".join(str(error).split())[:300].rstrip(".")
             raise UserError(
                 f"PEFT's {tuner} does not work on the backbone '{backbone.id}' with these options: "

@@ -1,4 +1,4 @@
-"""Which of PEFT's tuners run as bricks, and which options they take; checked before torch is imported.
+"""Which of PEFT's tuners run as bricks, and which options they take: checked without torch.
 
 A tuner is named as PEFT names its type, in small letters. Its options are the keys of PEFT's own
 config class, read from PEFT's source; an option that is null is left to PEFT. What says where the
@@ -27,11 +27,11 @@ _OWN = "it is a kind of our own: choose brick={} instead"
 REFUSED = {
     "prompt_tuning": _OWN.format("soft_prompt"),
     "prefix_tuning": _OWN.format("prefix"),
-    "cartridge": "it distils a text into a cache instead of training on a task: choose brick=prefix",
+    "cartridge": "it makes a cache of one text instead of training on a task: choose brick=prefix",
     "cpt": "it needs the token ids of one fixed context: choose brick=soft_prompt",
     "multitask_prompt_tuning": "it needs a task id with every row: choose brick=soft_prompt",
     "adaption_prompt": "it rewrites the attention of a few architectures: choose brick=prefix",
-    "lily": "its router averages over the batch, so that an answer would depend on the rows beside it: "
+    "lily": "its router averages over the batch, so a row's answer would depend on the others: "
     "choose brick=lora",
     "poly": "it needs a task id with every row: choose brick=lora, one for each task",
     "xlora": "it mixes LoRA adapters that exist already: train them with brick=lora",
@@ -139,8 +139,8 @@ def refuse_features(values: Mapping[str, Any], where: str) -> None:
         )
     if values.get("bias") not in (None, "none"):
         raise UserError(
-            f"{where} asks for bias={values['bias']}, which trains the biases of the backbone itself: "
-            "choose none, or a brick of kind lora or delta."
+            f"{where} asks for bias={values['bias']}, which trains the biases of the backbone "
+            "itself: choose none, or brick=bitfit."
         )
     for key, why in OUTSIDE.items():
         if values.get(key):

@@ -1,4 +1,4 @@
-"""P-tuning through PEFT's prompt encoder (Liu et al. 2021, "GPT Understands, Too", arXiv 2103.10385).
+"""P-tuning through PEFT's prompt encoder (Liu et al. 2021, arXiv 2103.10385).
 
 Virtual tokens come out of a small network over embeddings of their own. The network is PEFT's; the
 prompt slot of the backbone puts its tokens before the input, so it works on every family, and a row
@@ -85,7 +85,7 @@ class VirtualPrompt(nn.Module):
 
 
 def prompt_site(backbone: Backbone, patterns: list[str], layers: list[int] | None) -> Site:
-    """The embedding that a prompt comes before: the encoder's where there are two stacks, as in PEFT.
+    """The embedding that a prompt comes before: of two stacks the encoder's, as in PEFT.
 
     Raises:
         UserError: the patterns choose no such embedding, or several.

@@ -67,8 +67,8 @@ def find_offset(tensors: Iterable[str], targets: Iterable[str], modules: Iterabl
     starts = {start for name in names for module in known for start in _starts(name, module)}
     if len(starts) > 1:
         raise UserError(
-            f"The adapter's modules may lie in any of {', '.join(sorted(starts))}: save it from the "
-            "whole model, so that its names say which."
+            f"The adapter's modules may lie in any of {', '.join(sorted(starts))}: save it from "
+            "the whole model, so that its names say which."
         )
     return Offset(left_out=min(starts, default=""))
 
@@ -82,7 +82,7 @@ def _starts(name: str, module: str) -> Iterable[str]:
 
 
 class Empty(nn.Module):
-    """A module of the tree without its function; PEFT's AdaLoRA asks the root for a loss to add to."""
+    """A module of the tree without its function; AdaLoRA asks the root for a loss to add to."""
 
     def forward(self, *args: Any, **kwargs: Any) -> SimpleNamespace:
         """A loss of zero."""
@@ -102,7 +102,7 @@ def twin_tree(backbone: Backbone, offset: Offset) -> nn.Module:
         above = Empty()
         above.add_module(name, tree)
         tree = above
-    tree.config = backbone.model.config.to_dict()  # type: ignore[assignment]
+    tree.config = backbone.model.config.to_dict()
     tree.is_gradient_checkpointing = False  # type: ignore[assignment]
     return tree
 
@@ -123,13 +123,13 @@ def _twin(module: nn.Module, seen: set[nn.Module]) -> nn.Module | None:
 
 
 def twin_of(module: nn.Module) -> nn.Module:
-    """A module of the same class with the same parameters, without hooks, that can be told an answer."""
+    """A module with the same class and parameters, without hooks, that can be told an answer."""
     twin = copy.copy(module)
     for name in vars(twin):
         if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
             twin.__dict__[name] = OrderedDict()
     twin.told = None  # type: ignore[assignment]
-    twin.forward = MethodType(_forward, twin)  # type: ignore[method-assign]
+    twin.forward = MethodType(_forward, twin)
     return twin
 
 
@@ -142,7 +142,7 @@ def _forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return answer
 
 
-def keep_layers(tree: nn.Module, layer_class: type[nn.Module]) -> dict[str, nn.Module]:
+def keep_layers(tree: nn.Module, layer_class: type) -> dict[str, nn.Module]:
     """Takes the twins out of a tree that PEFT has adapted, so that it holds PEFT's layers alone.
 
     A layer keeps its twin as a plain attribute: the backbone's parameters are then no part of the

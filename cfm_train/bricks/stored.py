@@ -55,15 +55,18 @@ def open_brick(card: Card, library: Library, backbone: Backbone) -> Brick:
     heads = load(files[HEADS_FILE]) if HEADS_FILE in files else {}
     for task, described in card.heads.items():
         head = Head.from_description(described)
-        state = {
-            name.removeprefix(f"{task}."): value
-            for name, value in heads.items()
-            if name.startswith(f"{task}.")
-        }
-        if state.keys() != head.state_dict().keys():
-            raise UserError(
-                f"The head '{task}' of brick {card.ref} is incomplete: add or train it again."
-            )
-        head.load_state_dict(state)
+        for name, value in head.state_dict().items():
+            found = heads.pop(f"{task}.{name}", None)
+            if found is None or found.shape != value.shape:
+                raise UserError(
+                    f"The head '{task}' of brick {card.ref} lacks the tensor '{name}' of shape "
+                    f"{tuple(value.shape)}: add or train it again."
+                )
+            value.copy_(found)
         brick.add_head(task, head)
+    if heads:
+        raise UserError(
+            f"Brick {card.ref} has the tensor '{min(heads)}' of a head that its card does not "
+            "name: add or train it again."
+        )
     return brick.to(backbone.device).eval().requires_grad_(False)

@@ -82,9 +82,9 @@ class TaskVector(Brick):
         """
         if backbone.family != "decoder" or backbone.model.get_output_embeddings() is None:
             raise UserError(
-                f"A task vector is what demonstrations leave in a language model that reads from left "
-                f"to right, and the backbone '{backbone.id}' is none ({backbone.family}): choose "
-                "lora, or head for the frozen backbone's own features."
+                "A task vector is what demonstrations leave in a language model that reads from "
+                f"left to right, and the backbone '{backbone.id}' is none ({backbone.family}): "
+                "choose lora, or head for the frozen backbone's own features."
             )
         return self
 
@@ -109,8 +109,8 @@ class TaskVector(Brick):
         ids = call.captured.get("embed")
         if ids is None or ids.shape[0] != call.y.shape[0]:
             raise UserError(
-                "A task vector finds the end of a prompt by its token ids: give the model input_ids, "
-                "not embeddings."
+                "A task vector finds the end of a prompt by its token ids: give the model "
+                "input_ids, not embeddings."
             )
         there = nn.functional.pad(ends_here(ids, self.ending), (call.y.shape[1] - ids.shape[1], 0))
         vector = vector.to(call.y.device, call.y.dtype)
@@ -138,9 +138,9 @@ class TaskVector(Brick):
         ending = common_ending([*rows, *held]) if rows and held else ()
         if not ending:
             raise UserError(
-                f"The prompts of '{task.spec.name}' do not end alike (or there are too few rows), so a "
-                "task vector would not know where to act: give rows with prompt and answer, and a chat "
-                "template or a last word that they share."
+                f"The prompts of '{task.spec.name}' do not end alike (or there are too few rows), "
+                "so a task vector would not know where to act: give rows with prompt and answer, "
+                "and a chat template or a last word that they share."
             )
         hyper = self.hyper
         contexts = draw_contexts(rows, hyper["demonstrations"], hyper["contexts"], backbone, seed)
@@ -189,8 +189,8 @@ def _only_task(tasks: Mapping[str, TaskData]) -> TaskData:
     if len(tasks) > 1 or task.spec.type != "instruct":
         what = f"{len(tasks)} tasks" if len(tasks) > 1 else f"a task of type {task.spec.type}"
         raise UserError(
-            f"A task vector is made from the prompts and answers of one task (data.task=instruct), but "
-            f"this run has {what}: choose lora for it, or give the answers as text."
+            "A task vector is made from the prompts and answers of one task (data.task=instruct), "
+            f"but this run has {what}: choose lora for it, or give the answers as text."
         )
     return task
 

@@ -6,6 +6,7 @@ numbers that training it on top of the running backbone would give, at a fractio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,11 +22,11 @@ from cfm_train.data.batches import BatchStream
 from cfm_train.data.encode import Encoded, TaskData
 from cfm_train.evaluation.evaluator import Answers
 from cfm_train.evaluation.judge import TOKENS_PER_BATCH, Judged, judge
-from cfm_train.training.dataset import EvaluationDataset
+from cfm_train.training.dataset import EvaluationDataset, plan_steps
 from cfm_train.training.module import monitored
-from cfm_train.training.objectives import HEADED, headed_result
+from cfm_train.training.objectives import HEADED, Result, headed_result
 from cfm_train.training.schedule import factor
-from cfm_train.training.seeding import reseed
+from cfm_train.training.task_head import new_head
 
 
 def floor_of(
@@ -59,48 +60,55 @@ def train_head(
 
     Args:
         backbone: the backbone as it is plugged: bare for the floor, with a brick to refit a head
-        on it. task: a task with a head.
+            on it.
+        task: a task with a head.
         settings: the ``trainer`` section.
         seed: seed of batches and of the head's first values.
+
+    Raises:
+        RuntimeError: the loss or its gradient is not finite.
     """
     spec = task.spec
-    pooling = "none" if spec.type == "token" else "last" if backbone.family == "decoder" else "mean"
-    reseed(seed, "head", spec.name)
-    labels = None if spec.labels is None else list(spec.labels)
-    head = Head(spec.type, labels, backbone.hidden_size, pooling).to(backbone.device)
-    features = {
-        name: frozen_features(backbone, split, pooling)
-        for name, split in (("train", task.train), ("validation", task.validation))
-        if split is not None
-    }
+    head = new_head(backbone, spec, seed)
+    train = frozen_features(backbone, task.train, head.pooling)
+    kept = task.validation and frozen_features(backbone, task.validation, head.pooling)
     stream = BatchStream(
         {spec.name: task.train.lengths},
         tokens_per_batch=settings["tokens_per_batch"],
         rows_per_batch=settings["rows_per_batch"],
         seed=seed,
     )
-    epoch = stream.steps(1)
-    total = settings["max_steps"] or stream.steps(settings["epochs"])
+    total, every = plan_steps(stream, settings)
+    accumulate, clip = settings["accumulate"], settings["clip"] or math.inf
     rate = option("brick", "head")["learning_rate"]
-    optimizer = torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=0.0)
-    best, best_state = -float("inf"), head.state_dict()
+    optimizer = torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=settings["weight_decay"])
+    best, best_state, waited = -math.inf, head.state_dict(), 0
     for step in range(total):
         for group in optimizer.param_groups:
             group["lr"] = rate * factor(
                 step, total=total, warmup=settings["warmup"], schedule=settings["schedule"]
             )
-        _, rows = stream.batch_at(step)
-        result = _on_features(head, features["train"], rows)
+        micro = range(step * accumulate, (step + 1) * accumulate)
+        results = [_on_features(head, train, stream.batch_at(i)[1]) for i in micro]
         optimizer.zero_grad(set_to_none=True)
-        (result.loss / max(1, result.count)).backward()
+        loss = torch.stack([r.loss for r in results]).sum()
+        (loss / max(1, sum(r.count for r in results))).backward()
+        norm = torch.nn.utils.clip_grad_norm_(head.parameters(), clip)
+        if not math.isfinite(norm):
+            raise RuntimeError(
+                f"The head of '{spec.name}' alone diverged at step {step + 1}: lower "
+                "trainer.clip, or look at the features that the backbone makes of its rows."
+            )
         optimizer.step()
-        if task.validation is not None and ((step + 1) % epoch == 0 or step + 1 == total):
-            value = _validate(head, task, features["validation"])
+        if kept and ((step + 1) % every == 0 or step + 1 == total):
+            value = _validate(head, task, kept)
+            waited += 1
             if value > best:
-                best = value
+                best, waited = value, 0
                 best_state = {k: v.clone() for k, v in head.state_dict().items()}
-    if task.validation is not None:
-        head.load_state_dict(best_state)
+            if settings["patience"] and waited >= settings["patience"]:
+                break
+    head.load_state_dict(best_state)
     return head.eval()
 
 
@@ -133,7 +141,7 @@ def frozen_features(backbone: Backbone, encoded: Encoded, pooling: str) -> Featu
     return features, labels
 
 
-def _on_features(head: Head, data: Features, rows: Any) -> Any:
+def _on_features(head: Head, data: Features, rows: Any) -> Result:
     features, labels = data
     chosen = [int(row) for row in rows]
     if head.pooling == "none":

@@ -74,6 +74,7 @@ def judge(
     settings: Mapping[str, Any],
     *,
     seed: int,
+    bare: torch.Tensor | None = None,
 ) -> Judged:
     """Scores a brick, with its own heads, on the test split of each task.
 
@@ -83,9 +84,12 @@ def judge(
         tasks: the tasks; one without test split is left out.
         settings: the ``evaluation`` section.
         seed: seed of the bootstrap.
+        bare: what `probe` gave when the backbone had just been loaded, else it is asked now.
     """
     splits = {name: task.test for name, task in tasks.items() if task.test is not None}
-    probe = _probe(backbone, next(iter(tasks.values())).train)
+    if bare is None:
+        with backbone.slots.plugged([]):
+            bare = probe(backbone, tasks)
     scores: dict[str, dict[str, Score]] = {}
     answers: dict[str, Answers] = {}
     for name, split in splits.items():
@@ -93,7 +97,7 @@ def judge(
         with backbone.slots.plugged([brick]):
             answers[name] = judge_task(backbone, brick.head_for(name), spec, split)
             scores[name] = scores_of(answers[name], settings, seed)
-    same = bool(torch.equal(probe, _probe(backbone, next(iter(tasks.values())).train)))
+    same = bool(torch.equal(bare, probe(backbone, tasks)))
     return Judged(
         {name: task.spec for name, task in tasks.items()},
         scores,
@@ -126,12 +130,19 @@ def scores_of(answers: Answers, settings: Mapping[str, Any], seed: int) -> dict[
 
 
 @torch.inference_mode()
-def _probe(backbone: Backbone, encoded: Encoded) -> torch.Tensor:
-    """Hidden states of the first rows with what is plugged now."""
-    batch = make_batch(
-        "probe", encoded, range(min(4, len(encoded))), backbone.tokenizer.pad_token_id
-    )
-    device = backbone.device
-    return backbone.hidden_states(
-        batch["input_ids"].to(device), batch["attention_mask"].to(device)
-    ).clone()
+def probe(backbone: Backbone, tasks: Mapping[str, TaskData]) -> torch.Tensor:
+    """What the backbone, as it is plugged, makes of the first rows of the first task.
+
+    Returns:
+        Logits where it has a language model head (so every site has had its say), else hidden
+        states.
+    """
+    split = next(iter(tasks.values())).train
+    pad = backbone.tokenizer.pad_token_id
+    batch = make_batch("probe", split, range(min(4, len(split))), pad)
+    ids = batch["input_ids"].to(backbone.device)
+    mask = batch["attention_mask"].to(backbone.device)
+    if backbone.model.get_output_embeddings() is None:
+        return backbone.hidden_states(ids, mask).clone()
+    more = {"decoder_input_ids": ids} if backbone.family == "encoder-decoder" else {}
+    return backbone.logits(input_ids=ids, attention_mask=mask, **more).clone()

@@ -1,8 +1,9 @@
 """The brick × task matrix: every body with the head of each task's own brick.
 
 A cell (brick, task) is that brick plugged in, with the head that the task's own brick was trained
-with: it shows what the body does to the task. Where no brick brings a head for the task, one is
-refitted on the body, and the cell's metric says so.
+with: it shows what the body does to the task. A body that brings a head for the task itself (as the
+task's own brick, a brick merged from it, or one trained on several tasks) answers with that. Where
+no brick brings one, a head is refitted on the body, and the cell's metric says so.
 """
 
 from __future__ import annotations
@@ -20,6 +21,15 @@ from cfm_train.evaluation.judge import judge_task, primary, scores_of
 from cfm_train.training.objectives import HEADED
 
 REFITTED = "head refitted"
+
+
+def heads_of(bodies: Sequence[Brick]) -> dict[str, Head]:
+    """A head for each task: that of its own brick, before one of a brick for several tasks."""
+    heads: dict[str, Head] = {}
+    for brick in sorted(bodies, key=lambda body: len(body.heads)):
+        for name, head in brick.heads.items():
+            heads.setdefault(name, head)
+    return heads
 
 
 def row(
@@ -42,13 +52,17 @@ def row(
         role: ``brick``, ``merged``, ``floor`` or ``ceiling``.
         plugged: the bricks that make up the body; none is the bare backbone.
         tasks: the columns; each needs a test split.
-        heads: head by task name; a task that needs one and has none gets one refitted.
+        heads: head by task name for what the body brings none for, see `heads_of`; a task that
+            needs one and has none gets one refitted.
         trainer: the ``trainer`` section for refitting.
         evaluation: the ``evaluation`` section.
         seed: seed of refitting and bootstrap.
 
     Returns:
         The cells, and every metric as ``test/<task>/<metric>``.
+
+    Raises:
+        UserError: a task has no test split.
     """
     cells: list[dict[str, Any]] = []
     figures: dict[str, dict[str, float | int]] = {}
@@ -57,8 +71,9 @@ def row(
             raise UserError(
                 f"The task '{name}' has no test split: give data.test, or leave it out."
             )
+        own = [head for brick in plugged if (head := brick.head_for(name)) is not None]
         with backbone.slots.plugged(list(plugged)):
-            head = heads.get(name)
+            head = own[0] if own else heads.get(name)
             refitted = head is None and task.spec.type in HEADED
             if refitted:
                 head = train_head(backbone, task, trainer, seed=seed)

@@ -60,7 +60,7 @@ def _labelled(task_type: str, labels: list[str], logits: torch.Tensor) -> dict[s
     probabilities = {n: round(p, 6) for n, p in zip(labels, shares.tolist(), strict=True)}
     if several:
         return {
-            "prediction": [n for n, p in probabilities.items() if p > 0.5],
+            "prediction": [n for n, x in zip(labels, logits.tolist(), strict=True) if x > 0],
             "probabilities": probabilities,
         }
     return {"prediction": labels[int(logits.argmax())], "probabilities": probabilities}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cfm_train.data.sources import Checked
-from cfm_train.operations.selection import Selection, find_tasks, select
+from cfm_train.operations.selection import Selection, agree, find_tasks, select
 from cfm_train.tracking.wandb_run import resolve_mode
 
 
@@ -35,6 +35,9 @@ def check(config: dict[str, Any]) -> Inputs:
     resolve_mode(config["tracking"]["mode"])
     selection = select(config)
     tasks = find_tasks(config["tasks"], list(selection.cards.values()), config["data"])
+    for card in selection.cards.values():
+        for name in card.heads.keys() & tasks.keys():
+            agree(card.heads[name], tasks[name].spec, card.ref)
     fingerprints = dict(selection.fingerprints)
     for name, task in tasks.items():
         fingerprints |= {f"data/{name}/{k}": v for k, v in task.fingerprints.items()}
@@ -43,15 +46,13 @@ def check(config: dict[str, Any]) -> Inputs:
 
 def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     """Fills the matrix and returns the record's own part."""
-    from cfm_train.bricks.heads import Head
     from cfm_train.config.compose import option
     from cfm_train.configuration.apply import assemble
     from cfm_train.data.encode import encode
     from cfm_train.evaluation.floor import floor_of
-    from cfm_train.evaluation.matrix import row
+    from cfm_train.evaluation.matrix import heads_of, row
     from cfm_train.operations.setting import open_backbone, tracked, unchanged
     from cfm_train.paths import cache_dir
-    from cfm_train.tracking.terminal import print_matrix
     from cfm_train.training.cost import peak_memory
 
     selection = inputs.selection
@@ -59,11 +60,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     tasks = {n: encode(t, backbone.tokenizer, cache_dir()) for n, t in inputs.tasks.items()}
     trainer = option("trainer", "default", learning_rate=1e-3)
     bodies = [assemble(tree, selection.library, backbone) for tree in selection.trees]
-    heads: dict[str, Head] = {}
-    for brick in bodies:  # a task's own brick comes before one that was merged from it
-        for name, head in brick.heads.items():
-            if name not in heads:
-                heads[name] = head  # type: ignore[assignment]
+    heads = heads_of(bodies)
     with tracked(config, folder) as wandb:
         matrix: list[dict[str, Any]] = []
         metrics: dict[str, Any] = {}
@@ -88,7 +85,6 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
             floor = floor_of(backbone, tasks, trainer, config["evaluation"], seed=config["seed"])
             matrix += floor.cells("frozen backbone", "floor")
         same = unchanged(backbone, before, selection.backbone)
-        print_matrix(matrix)
         wandb.table("matrix", list(matrix[0]), [list(cell.values()) for cell in matrix])
         wandb.summary({name: figure["value"] for name, figure in metrics.items()})
     card = selection.card_of(selection.trees[0]) if len(selection.trees) == 1 else None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cfm_train.backbone.fingerprint import tokenizer_hash
+from cfm_train.configuration.expression import BrickRef, Expression
 from cfm_train.errors import UserError
 from cfm_train.library.card import check_name
 from cfm_train.operations.selection import Selection, select
@@ -58,7 +60,7 @@ def check(config: dict[str, Any]) -> Inputs:
 def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     """Merges and stores; returns the record's own part."""
     from cfm_train.bricks.stored import store
-    from cfm_train.configuration.apply import assemble, merge_bricks
+    from cfm_train.configuration.apply import assemble, merge_bricks, merge_rule
     from cfm_train.configuration.expression import Call
     from cfm_train.operations.setting import open_backbone, tracked, unchanged
     from cfm_train.training.cost import peak_memory
@@ -75,7 +77,8 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
         parents = [
             {"name": card.name, "version": card.version} for card in selection.cards.values()
         ]
-        recipes = {card.name: card.recipe for card in selection.cards.values()}
+        recipes = {card.ref: card.recipe for card in selection.cards.values()}
+        promises = merge_rule(config["rule"]).invariants(bodies, backbone)
         card = store(
             merged,
             selection.library,
@@ -97,9 +100,12 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
             {"version": card.version, "expression": str(tree)},
         )
     print(f"{card.ref} = {tree}")
+    shares: dict[str, float] = {}
+    for part, weight in zip(selection.trees, inputs.weights, strict=True):
+        for ref, share in parts_of(part, weight):
+            shares[ref] = shares.get(ref, 0.0) + share
     weighted = [
-        {**parent, "weight": weight}
-        for parent, weight in zip(parents, inputs.weights, strict=False)
+        {**parent, "weight": shares[f"{parent['name']}@{parent['version']}"]} for parent in parents
     ]
     return {
         "brick": {
@@ -113,10 +119,24 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
             "fingerprint": backbone.fingerprint,
             "unchanged": same,
         },
-        "checks": {"backbone unchanged": {"value": same, "tolerance": None, "passed": same}},
+        "checks": {
+            "backbone unchanged": {"value": same, "tolerance": None, "passed": same},
+            **promises,
+        },
         "cost": {
             "peak_memory_bytes": peak_memory(),
             "trainable_parameters": sum(p.numel() for p in merged.parameters()),
         },
         "wandb": wandb.as_record(),
     }
+
+
+def parts_of(tree: Expression, weight: float) -> Iterator[tuple[str, float]]:
+    """The bricks of a configuration that is given a weight, and how much of it falls on each."""
+    if isinstance(tree, BrickRef):
+        yield str(tree), weight
+        return
+    given = dict(tree.params).get("weights")
+    shares = given if isinstance(given, tuple) else [1 / len(tree.args)] * len(tree.args)
+    for part, share in zip(tree.args, shares, strict=True):
+        yield from parts_of(part, weight * float(share))  # type: ignore[arg-type]

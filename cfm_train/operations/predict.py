@@ -58,6 +58,12 @@ def check(config: dict[str, Any]) -> Inputs:
         what = "the brick answers several tasks" if task is None else f"no task '{task}'"
         raise UserError(f"data.task: {what}.{nearest(str(task), sections)}")
     section = dict(sections[task])
+    heads = {name for card in selection.cards.values() for name in card.heads}
+    if section["task"] not in GENERATIVE and task not in heads:
+        raise UserError(
+            f"{config['bricks'][0]} has no head for '{task}', so it cannot answer: train one here; "
+            "adapters from elsewhere come without."
+        )
     if config["data"]["text"] is not None:
         section["text"] = config["data"]["text"]
     rows = read_inputs(config["data"]["input"], section)

@@ -20,6 +20,7 @@ from cfm_train.configuration.expression import BrickRef, Expression, bricks
 from cfm_train.configuration.parser import parse
 from cfm_train.configuration.pin import pin
 from cfm_train.data.sources import Checked, check_all, task_sections
+from cfm_train.data.tasks import TaskSpec
 from cfm_train.errors import UserError, nearest
 from cfm_train.library import gate
 from cfm_train.library.card import Card
@@ -129,10 +130,36 @@ def find_tasks(
 def own_sections(cards: Sequence[Card]) -> dict[str, dict[str, Any]]:
     """The data sections of the runs that made the bricks, by task name; parents' heads included."""
     sections: dict[str, dict[str, Any]] = {}
-    for card in cards:
-        for recipe in [card.recipe, *card.recipe.get("parents", {}).values()]:
-            section = recipe.get("data")
-            if isinstance(section, Mapping) and "task" in section and section.get("name"):
-                for each in task_sections(section):
-                    sections.setdefault(str(each["name"]), each)
+    recipes = [card.recipe for card in cards]
+    for recipe in recipes:  # grows while it is read: a merge of merges has grandparents
+        recipes += recipe.get("parents", {}).values()
+        section = recipe.get("data")
+        if isinstance(section, Mapping) and "task" in section and section.get("name"):
+            for each in task_sections(section):
+                sections.setdefault(str(each["name"]), each)
     return sections
+
+
+def agree(described: Mapping[str, Any], spec: TaskSpec, brick: str) -> None:
+    """Refuses a head whose outputs mean something else than the task's labels.
+
+    Args:
+        described: the head as its card describes it.
+        spec: the task.
+        brick: whose head it is, for the error sentence.
+    """
+    labels = None if spec.labels is None else list(spec.labels)
+    if described["task"] != spec.type or described["labels"] != labels:
+        raise UserError(
+            f"The head '{spec.name}' of {brick} answers "
+            f"{_shown(described['task'], described['labels'])}, but the task's data hold "
+            f"{_shown(spec.type, labels)}: list data.labels in the head's order, or evaluate under "
+            "another name."
+        )
+
+
+def _shown(task_type: str, labels: list[str] | None) -> str:
+    if labels is None:
+        return task_type
+    more = ", …" if len(labels) > 6 else ""
+    return f"{task_type} into {', '.join(labels[:6])}{more}"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cfm_train.backbone.fingerprint import fingerprint, tokenizer_hash
 from cfm_train.backbone.spec import ResolvedBackbone, resolve
 from cfm_train.data.sources import Checked, check_all
+from cfm_train.errors import UserError
 from cfm_train.library.card import check_name
 from cfm_train.library.store import Library
 from cfm_train.tracking.wandb_run import resolve_mode
@@ -67,7 +68,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     from cfm_train.bricks.kinds import make_brick
     from cfm_train.bricks.stored import store
     from cfm_train.evaluation.floor import floor_of
-    from cfm_train.evaluation.judge import judge
+    from cfm_train.evaluation.judge import judge, probe
     from cfm_train.operations.setting import open_backbone, tracked, unchanged
     from cfm_train.tracking.metrics_file import MetricsFile
     from cfm_train.training.checkpoint import read_position
@@ -81,9 +82,15 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     settings = config["trainer"]
     backbone, before = open_backbone(inputs.backbone, config["backbone"], settings)
     tasks = _encode(inputs, backbone)
+    bare = probe(backbone, tasks)
     reseed(config["seed"], "brick")
     brick = make_brick(config["brick"]).build(backbone)
-    add_heads(brick, backbone, tasks)
+    add_heads(brick, backbone, tasks, config["seed"])
+    if brick.trains and not brick.parameter_count():
+        raise UserError(
+            f"A brick of kind {brick.kind} has nothing to train on a task that the language model "
+            "answers itself: choose brick=lora, or a task with labels."
+        )
 
     position = read_position(folder / "checkpoints")
     metrics = MetricsFile(folder / "metrics.jsonl")
@@ -109,7 +116,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
                 fitted = derive(backbone, brick, tasks, config["seed"], metrics, wandb)
         except Diverged as error:
             raise RuntimeError(_where(error, tasks)) from None
-        judged = judge(backbone, brick, tasks, config["evaluation"], seed=config["seed"])
+        judged = judge(backbone, brick, tasks, config["evaluation"], seed=config["seed"], bare=bare)
         matrix = judged.cells(config["name"], "brick")
         floor = None
         if config["evaluation"]["head_only"]:
@@ -170,18 +177,14 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     return {**record, "wandb": wandb.as_record()}
 
 
-def add_heads(brick: Brick, backbone: Backbone, tasks: dict[str, TaskData]) -> None:
-    """Gives the brick a head for each task that needs one, pooled as suits the backbone."""
-    from cfm_train.bricks.heads import Head
+def add_heads(brick: Brick, backbone: Backbone, tasks: dict[str, TaskData], seed: int) -> None:
+    """Gives the brick a head for each task that needs one."""
     from cfm_train.training.objectives import HEADED
+    from cfm_train.training.task_head import new_head
 
-    pooling = "last" if backbone.family == "decoder" else "mean"
     for name, task in tasks.items():
         if task.spec.type in HEADED:
-            labels = None if task.spec.labels is None else list(task.spec.labels)
-            own = "none" if task.spec.type == "token" else pooling
-            brick.add_head(name, Head(task.spec.type, labels, backbone.hidden_size, own))
-    brick.to(backbone.device)
+            brick.add_head(name, new_head(backbone, task.spec, seed))
 
 
 def brick_size(brick: Brick) -> int:
@@ -197,11 +200,12 @@ def _encode(inputs: Inputs, backbone: Backbone) -> dict[str, TaskData]:
 
 
 def _where(error: Any, tasks: dict[str, TaskData]) -> str:
-    """A divergence with the places of its rows."""
-    rows = [tasks[error.task].train.row(i)["_at"] for i in error.rows[:5]]
+    """A divergence with the tasks and the places of its rows."""
+    names = sorted({task for task, _ in error.rows})
+    rows = [tasks[task].train.row(i)["_at"] for task, i in error.rows[:5]]
     more = f" and {len(error.rows) - 5} more" if len(error.rows) > 5 else ""
     return (
-        f"Training stopped: {error}; the batch's rows: {', '.join(rows)}{more}. Lower "
+        f"Training stopped: {error}; rows of {' and '.join(names)}: {', '.join(rows)}{more}. Lower "
         "trainer.learning_rate, or look at these rows."
     )
 

@@ -137,7 +137,10 @@ class ExactCheckpoint(Callback):
     ) -> None:
         """Saves now, or after the validation that this step brings."""
         step = trainer.global_step
-        self._due = step % self.every == 0 or step >= trainer.max_steps or trainer.received_sigterm
+        last = step >= trainer.max_steps
+        if last:  # so that Lightning validates once more, wherever the last interval began
+            trainer.should_stop = True
+        self._due = last or step % self.every == 0 or trainer.received_sigterm
         if self._due and not _validation_follows(trainer, batch_idx):
             self._save(trainer)
 
@@ -175,4 +178,6 @@ class ExactCheckpoint(Callback):
 def _validation_follows(trainer: pl.Trainer, batch_idx: int) -> bool:
     """Whether Lightning validates right after this batch."""
     interval = trainer.val_check_interval
-    return trainer.enable_validation and interval is not None and (batch_idx + 1) % interval == 0
+    if not trainer.enable_validation or interval is None:
+        return False
+    return trainer.should_stop or (batch_idx + 1) % interval == 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch.utils.data import IterableDataset
 
@@ -17,6 +19,21 @@ def make_batch(task: str, encoded: Encoded, indices: object, pad_id: int) -> Bat
     batch["task"] = task
     batch["tokens"] = int(batch["attention_mask"].sum())
     return batch
+
+
+def plan_steps(stream: BatchStream, settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Optimiser steps of the run, and between two validations.
+
+    Args:
+        stream: the training batches.
+        settings: the ``trainer`` section.
+    """
+    accumulate = settings["accumulate"]
+    epoch = max(1, math.ceil(stream.steps(1) / accumulate))
+    total = settings["max_steps"] or max(
+        1, math.ceil(stream.steps(settings["epochs"]) / accumulate)
+    )
+    return total, min(total, settings["validate_every"] or epoch)
 
 
 class StepDataset(IterableDataset):

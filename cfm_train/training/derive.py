@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from cfm_train.backbone.load import Backbone
 from cfm_train.bricks.brick import Brick
@@ -38,7 +39,7 @@ def derive(
     derived = brick.fit_without_training(backbone, tasks, seed)
     seconds = time.perf_counter() - started
     for step, (name, loss) in enumerate(derived.scores.items()):
-        values = {"validation/loss": loss, "tried": name}
+        values: dict[str, Any] = {"validation/loss": loss, "tried": name}
         metrics.append(step, values)
         wandb.log(step, values)
     brick.eval()

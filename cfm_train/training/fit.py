@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import signal
 import warnings
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ from cfm_train.tracking.wandb_run import WandbRun
 from cfm_train.training.callbacks import MetricsLog, Progress
 from cfm_train.training.checkpoint import AtomicCheckpointIO, ExactCheckpoint, Position
 from cfm_train.training.cost import matmul_parameters, peak_flops
-from cfm_train.training.dataset import EvaluationDataset, StepDataset
+from cfm_train.training.dataset import EvaluationDataset, StepDataset, plan_steps
 from cfm_train.training.lr_finder import find_learning_rate
 from cfm_train.training.module import MONITOR, BrickModule, Optimisation
 
@@ -56,21 +55,6 @@ class Fitted:
     train_seconds: float
     flop_share: float
     stopped: str
-
-
-def plan_steps(stream: BatchStream, settings: Mapping[str, Any]) -> tuple[int, int]:
-    """Optimiser steps of the run, and between two validations.
-
-    Args:
-        stream: the training batches.
-        settings: the ``trainer`` section.
-    """
-    accumulate = settings["accumulate"]
-    epoch = max(1, math.ceil(stream.steps(1) / accumulate))
-    total = settings["max_steps"] or max(
-        1, math.ceil(stream.steps(settings["epochs"]) / accumulate)
-    )
-    return total, min(total, settings["validate_every"] or epoch)
 
 
 def fit(
@@ -165,14 +149,16 @@ def fit(
                 ckpt_path=str(checkpoint.last_path) if position.step else None,
                 weights_only=True,
             )
-        except SIGTERMException:  # the checkpoint of this step is written: the same command resumes
+        except SIGTERMException:  # saved after this step, or before the validation that it hit
             raise SystemExit(128 + signal.SIGTERM) from None
         steps = trainer.global_step
     else:  # killed after the last step: nothing is left to train
         state = torch.load(checkpoint.last_path, map_location="cpu", weights_only=True)
         module.on_load_checkpoint(state)
         module.load_state_dict(state["state_dict"])
-        checkpoint.load_state_dict(state["callbacks"][checkpoint.state_key])
+        for watcher in watchers:
+            if watcher.state_key in state["callbacks"]:
+                watcher.load_state_dict(state["callbacks"][watcher.state_key])
         steps = position.step
     best = checkpoint.load_best(brick) or steps
     backbone.slots.unplug()

@@ -1,8 +1,10 @@
 """Learning-rate range test (Smith 2015, arXiv 1506.01186): raise the rate until the loss blows up.
 
-The rate grows from `LOWEST` to `HIGHEST` over `STEPS` optimiser steps on the run's own batches;
-the suggestion is where the smoothed loss falls fastest. The brick is put back as it was, so that
-training starts afresh.
+The rate grows from `LOWEST` to `HIGHEST` over `STEPS` optimiser steps on a few of the run's own
+batches, in turn; the suggestion is where the smoothed loss falls fastest. A batch's loss is taken
+against what it was before the first step: batches differ by far more than one small step changes,
+and the steepest fall would be that from a hard one to an easy one. The brick is put back as it was,
+so that training starts afresh.
 """
 
 from __future__ import annotations
@@ -16,15 +18,21 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from cfm_train.tracking.atomic import replace_file
 from cfm_train.training.dataset import StepDataset
-from cfm_train.training.module import BrickModule
-from cfm_train.training.objectives import count_items
+from cfm_train.training.module import BrickModule, Diverged, rows_of
+from cfm_train.training.objectives import Batch, count_items
 from cfm_train.training.seeding import reseed
 
 LOWEST, HIGHEST, STEPS = 1e-6, 1.0, 80
-SMOOTHING = 0.9
-#: The test ends when the smoothed loss exceeds the best one this many times.
+#: Batches that take turns.
+BATCHES = 4
+#: The mean reaches back over about two steps, a sixth of a decade.
+SMOOTHING = 0.7
+#: The test ends when the smoothed loss exceeds the first one this many times.
 BLOWN_UP = 3.0
+#: Points that a slope needs.
+FEWEST = 3
 
 
 def find_learning_rate(module: BrickModule, dataset: StepDataset, folder: Path) -> float:
@@ -35,6 +43,9 @@ def find_learning_rate(module: BrickModule, dataset: StepDataset, folder: Path) 
         module: the module to train; its brick is restored afterwards.
         dataset: the run's training batches.
         folder: the run folder.
+
+    Raises:
+        Diverged: the loss is not finite before there is a curve to read.
     """
     curve_file = folder / "learning_rate.json"
     if curve_file.is_file():
@@ -43,15 +54,21 @@ def find_learning_rate(module: BrickModule, dataset: StepDataset, folder: Path) 
     rates, losses = _sweep(module, dataset)
     module.brick.load_state_dict(before)
     suggestion = steepest(rates, losses)
-    curve_file.write_text(
-        json.dumps({"suggestion": suggestion, "learning_rate": rates, "loss": losses})
-    )
+    curve = {"suggestion": suggestion, "learning_rate": rates, "loss": losses}
+    replace_file(curve_file, json.dumps(curve).encode())
     return suggestion
 
 
 def _sweep(module: BrickModule, dataset: StepDataset) -> tuple[list[float], list[float]]:
     module.backbone.slots.plug([module.brick])
     module.brick.train()
+    device = module.backbone.device
+    groups = [
+        module.transfer_batch_to_device(dataset.group_at(i), device, 0) for i in range(BATCHES)
+    ]
+    with torch.no_grad():
+        before = [_loss(module, group, number) for number, group in enumerate(groups)]
+    begin = sum(before) / BATCHES
     optimizer = torch.optim.AdamW(module.brick.parameters(), lr=LOWEST, weight_decay=0.0)
     rates: list[float] = []
     losses: list[float] = []
@@ -61,27 +78,35 @@ def _sweep(module: BrickModule, dataset: StepDataset) -> tuple[list[float], list
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
-        batches = [
-            module.transfer_batch_to_device(b, module.backbone.device, 0)
-            for b in dataset.group_at(step)
-        ]
-        total = sum(count_items(module.specs[b["task"]].type, b) for b in batches)
-        loss = 0.0
-        for micro, batch in enumerate(batches):
-            reseed(module.optimisation.seed, "learning rate", step, micro)
-            result = module.loss_of(batch)
-            (result.loss / total).backward()
-            loss += result.loss.item() / total
+        number = step % BATCHES
+        loss = _loss(module, groups[number], number)
         if not math.isfinite(loss):
+            if len(losses) < FEWEST:
+                raise Diverged(
+                    f"the loss is {loss} at a rate of {rate:.1g}", rows_of(groups[number])
+                )
             break
         optimizer.step()
-        smooth = SMOOTHING * smooth + (1 - SMOOTHING) * loss
-        corrected = smooth / (1 - SMOOTHING ** (step + 1))
+        smooth = SMOOTHING * smooth + (1 - SMOOTHING) * (loss - before[number])
         rates.append(rate)
-        losses.append(corrected)
-        if corrected > BLOWN_UP * min(losses):
+        losses.append(begin + smooth / (1 - SMOOTHING ** (step + 1)))
+        if len(losses) >= FEWEST and losses[-1] > BLOWN_UP * begin:
             break
+    optimizer.zero_grad(set_to_none=True)
     return rates, losses
+
+
+def _loss(module: BrickModule, group: list[Batch], number: int) -> float:
+    """The loss of a step's micro-batches, and where gradients are on, theirs; dropout by number."""
+    total = max(1, sum(count_items(module.specs[b["task"]].type, b) for b in group))
+    loss = 0.0
+    for micro, batch in enumerate(group):
+        reseed(module.optimisation.seed, "learning rate", number, micro)
+        result = module.loss_of(batch)
+        if torch.is_grad_enabled():
+            (result.loss / total).backward()
+        loss += result.loss.item() / total
+    return loss
 
 
 def steepest(rates: list[float], losses: list[float]) -> float:

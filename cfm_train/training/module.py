@@ -34,13 +34,11 @@ class Diverged(Exception):
     """The loss is no longer a number, or has grown far beyond where it started.
 
     Attributes:
-        task: the task of the batch.
-        rows: the batch's row numbers, those with the bad loss where they can be told.
+        rows: task and row number of the step's rows; those with the bad loss where that is told.
     """
 
-    def __init__(self, what: str, task: str, rows: list[int]) -> None:
+    def __init__(self, what: str, rows: list[tuple[str, int]]) -> None:
         super().__init__(what)
-        self.task = task
         self.rows = rows
 
 
@@ -165,7 +163,7 @@ class BrickModule(pl.LightningModule):
             result = self.loss_of(batch)
             value = result.loss.item() / total
             if not math.isfinite(value):
-                raise Diverged(f"the loss is {value} at step {step}", *_rows(result, batch))
+                raise Diverged(f"the loss is {value} at step {step + 1}", bad_rows(result, batch))
             loss += value
             self.manual_backward(result.loss / total)
         penalty = self.brick.penalty()
@@ -176,7 +174,7 @@ class BrickModule(pl.LightningModule):
         parameters = [p for p in self.brick.parameters() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.optimisation.clip or math.inf).item()
         if not math.isfinite(norm):
-            raise Diverged(f"the gradient is {norm} at step {step}", *_rows(None, group[0]))
+            raise Diverged(f"the gradient is {norm} at step {step + 1}", rows_of(group))
         optimizer.step()  # type: ignore[union-attr]
         scheduler.step()  # type: ignore[union-attr]
         self.brick.after_step(step + 1, self.optimisation.steps)
@@ -207,8 +205,8 @@ class BrickModule(pl.LightningModule):
             self._first_window = mean
         elif mean > self.optimisation.diverged * max(self._first_window, 1e-3):
             raise Diverged(
-                f"the loss grew from {self._first_window:.4g} to {mean:.4g} by step {step}",
-                *_rows(None, group[0]),
+                f"the loss grew from {self._first_window:.4g} to {mean:.4g} by step {step + 1}",
+                rows_of(group),
             )
 
     def on_validation_epoch_start(self) -> None:
@@ -264,10 +262,13 @@ class BrickModule(pl.LightningModule):
         return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
-def _rows(result: Result | None, batch: Batch) -> tuple[str, list[int]]:
-    """A batch's task and row numbers: the rows whose own loss is not finite, or all."""
-    index = batch["index"].cpu()
-    if result is not None:
-        bad = ~torch.isfinite(result.row_loss.cpu())
-        index = index[bad] if bool(bad.any()) else index
-    return batch["task"], index.tolist()
+def rows_of(group: list[Batch]) -> list[tuple[str, int]]:
+    """Task and number of every row of a step."""
+    return [(batch["task"], i) for batch in group for i in batch["index"].tolist()]
+
+
+def bad_rows(result: Result, batch: Batch) -> list[tuple[str, int]]:
+    """Task and number of the rows whose own loss is not finite; of all where each one's is."""
+    bad = ~torch.isfinite(result.row_loss)
+    index = batch["index"][bad] if bool(bad.any()) else batch["index"]
+    return [(batch["task"], i) for i in index.tolist()]

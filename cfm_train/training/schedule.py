@@ -25,7 +25,7 @@ def factor(step: int, *, total: int, warmup: float, schedule: str) -> float:
         raise UserError(
             f"trainer.schedule '{schedule}' does not exist.{nearest(schedule, SCHEDULES)}"
         )
-    rising = math.ceil(total * warmup)
+    rising = math.ceil(total * warmup - 1e-9)  # 100 steps of which 0.07 are 7, not 8
     if step < rising:
         return (step + 1) / rising
     if schedule == "constant":
