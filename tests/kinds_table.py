@@ -1,8 +1,8 @@
 """What each brick of ``conf/brick`` keeps on each family: measured, and drawn for docs/bricks.md.
 
-    32 16     a new brick changes nothing, to the bit, in float32 and in bfloat16
-    exact     unplugging gives back the bare backbone to the bit, in both; its weights never move
-    PEFT      the brick's files load in PEFT, and PEFT's come back here, with equal logits (1e-5)
+32 16     a new brick changes nothing, to the bit, in float32 and in bfloat16
+exact     unplugging gives back the bare backbone to the bit, in both; its weights never move
+PEFT      the brick's files load in PEFT, and PEFT's come back here, with equal logits (1e-5)
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch import Tensor
 from cfm_train.backbone.load import Backbone
 from cfm_train.bricks.brick import Brick
 from cfm_train.bricks.kinds import brick_class, make_brick
+from cfm_train.bricks.peft_options import REFUSED
+from cfm_train.bricks.task_vector import TaskVector
 from cfm_train.config.catalogue import groups
 from cfm_train.config.compose import option
 from cfm_train.errors import UserError
@@ -27,13 +29,14 @@ from tests.backbones import FAMILIES, bare, batch, randomise, tiny
 from tests.peft_peers import in_peft, values
 from tests.peft_tuners import small
 
-START, END = "<!-- kinds: measured by tests/bricks/test_kinds_table.py -->", "<!-- end of kinds -->"
+START = "<!-- measured and written by tests/bricks/test_kinds_table.py -->"
+END = "<!-- end of what is measured -->"
 HEADINGS = {"bert": "BERT", "llama": "Llama", "gpt2": "GPT-2", "t5": "T5"}
 #: Why a brick is refused, in the table's own words: a piece of the sentence and what it means.
 REASONS = {
     "Conv1D": "PEFT does not adapt GPT-2's Conv1D",
     "no linear map or norm with a parameter": "it has no such parameters",
-    "decoder": "it needs a decoder",
+    "left to right": "it needs a language model that reads from left to right",
 }
 
 
@@ -93,17 +96,27 @@ def measure(name: str, family: str) -> Cell:
         before = bare(backbone, inputs)
         same = torch.equal(laws.plugged(backbone, [brick], inputs), before)
         # Where float32 differs, bfloat16 may round the difference away: that is no identity.
-        identity.append(same and all(identity))
-        randomise(brick)
-        laws.plugged(backbone, [brick], inputs)
+        identity.append(same and brick.trains and all(identity))
+        act(brick, backbone, inputs)
+        changed = laws.plugged(backbone, [brick], inputs)
+        assert name == "head" or (changed - before).abs().max() > 1e-3
         after = bare(backbone, inputs)
         exact = exact and torch.equal(after, before) and backbone.checksum() == checksum
     return Cell(None, (identity[0], identity[1]), exact, in_pefts_format(name, family))
 
 
+def act(brick: Brick, backbone: Backbone, inputs: dict[str, Tensor]) -> None:
+    """Gives a brick values with which it does something."""
+    randomise(brick)
+    if isinstance(brick, TaskVector):
+        brick.hold("layer.0", torch.randn(backbone.hidden_size), [int(inputs["input_ids"][0, 3])])
+
+
 def reason(sentence: str) -> str:
     """A refusal in a few words."""
-    return next(words for piece, words in REASONS.items() if piece in sentence)
+    known = [words for piece, words in REASONS.items() if piece in sentence]
+    assert known, f"name this refusal in REASONS: {sentence}"
+    return known[0]
 
 
 def in_pefts_format(name: str, family: str) -> str | None:
@@ -141,4 +154,6 @@ def draw(cells: dict[tuple[str, str], Cell]) -> str:
         row: list[Any] = [f"`{name}`", kind_of(name)]
         row += [cells[name, family].text() for family in FAMILIES]
         lines.append("| " + " | ".join(row) + " |")
+    lines += ["", "PEFT's tuners that do not run as bricks:", ""]
+    lines += [f"- `{tuner}`: {why}." for tuner, why in sorted(REFUSED.items())]
     return "\n".join([START, "", *lines, "", END])

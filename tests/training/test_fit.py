@@ -50,7 +50,7 @@ def test_accumulation_weighs_items(family: str, task: str, tmp_path: Path) -> No
     backbone = tiny(family)
     data = task_data(backbone, task)
     watch = Watch()
-    settings = {"max_steps": 1, "accumulate": 2, "clip": 0.0, "tokens_per_batch": 64}
+    settings = {"max_steps": 1, "accumulate": 2, "clip": 0.0, "tokens_per_batch": 80}
     brick = new_brick(backbone, {task: data}, "lora")
     with torch.no_grad():
         for b in brick.lora_B.values():
@@ -114,7 +114,7 @@ def test_the_schedule_reaches_the_optimiser(tmp_path: Path) -> None:
 
 
 def test_the_best_brick_is_kept_and_the_last_step_is_validated(tmp_path: Path) -> None:
-    """Whatever the interval, the last step counts too; the kept brick is the best one, bit by bit."""
+    """Whatever the interval, the last step counts too; the kept brick is the best, bit by bit."""
     backbone = tiny("bert")
     data = {"classification": task_data(backbone, "classification")}
     watch = Watch()

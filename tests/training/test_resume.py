@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from cfm_train.data.encode import TaskData
+from cfm_train.tracking.wandb_run import WandbRun
 from cfm_train.training.checkpoint import LAST, read_position, save_atomically
 from cfm_train.training.samples import SampleOutputs
-from cfm_train.tracking.wandb_run import WandbRun
 from tests.backbones import tiny
 from tests.tasks import task_data
 from tests.training.runs import BreakOff, BrokenOff, new_brick, rows, train
