@@ -84,7 +84,7 @@ def _section(backbone: str | Mapping[str, Any]) -> dict[str, Any]:
     from cfm_train.config.compose import option
 
     if isinstance(backbone, Mapping):
-        section = option("backbone", "hf")
+        section = option("backbone", "hf", path=backbone.get("path"))
         for key in backbone:
             if key not in section:
                 raise UserError(f"A backbone section has no key '{key}'.{nearest(key, section)}")

@@ -21,13 +21,12 @@ from cfm_train.bricks.kinds import brick_class, make_brick
 from cfm_train.bricks.peft_options import REFUSED
 from cfm_train.bricks.task_vector import TaskVector
 from cfm_train.config.catalogue import groups
-from cfm_train.config.compose import option
 from cfm_train.errors import UserError
 from cfm_train.library.peft_format import CONFIG_FILE, read_folder
 from tests import brick_laws as laws
 from tests.backbones import FAMILIES, bare, batch, randomise, tiny
 from tests.peft_peers import in_peft, values
-from tests.peft_tuners import small
+from tests.peft_tuners import section, small
 
 START = "<!-- measured and written by tests/bricks/test_kinds_table.py -->"
 END = "<!-- end of what is measured -->"
@@ -73,14 +72,14 @@ def names() -> list[str]:
 
 def kind_of(name: str) -> str:
     """The kind that a brick's YAML names."""
-    return str(option("brick", name)["kind"])
+    return str(section(name)["kind"])
 
 
 def fresh(name: str, backbone: Backbone) -> Brick:
     """A new brick, in a size that fits the tiny backbones."""
     torch.manual_seed(0)
-    section = small(name) if kind_of(name) == "peft" else option("brick", name)
-    return make_brick(section).build(backbone).eval()
+    chosen = small(name) if kind_of(name) == "peft" else section(name)
+    return make_brick(chosen).build(backbone).eval()
 
 
 def measure(name: str, family: str) -> Cell:

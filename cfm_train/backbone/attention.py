@@ -6,8 +6,8 @@ set in front of the layer's own, for the rows that carry the brick. The cache of
 holds them, so unplugging leaves nothing behind, and every architecture gets the port the same way.
 
 Where attention has a relative bias (T5), the extra keys get the bias of tokens that lie right
-before the sequence, as if they stood in the cache. A weight w other than 0 and 1 adds log w to
-their scores.
+before the sequence, as if they stood in the cache. Every token sees them, also past the edge of a
+sliding window. A weight w other than 0 and 1 adds log w to their scores.
 """
 
 from __future__ import annotations

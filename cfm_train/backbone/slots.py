@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class Together:
-    """A plug of which all at one module run in one call, before the others (`bricks.bank.LowRank`)."""
+    """A plug of which all at one module run in one call before the others (`bank.LowRank`)."""
 
     site: str
 
@@ -255,8 +255,8 @@ class Slots:
         """Notes the keys and values that attention sites compute themselves.
 
         Yields:
-            site name -> keys and values ``[batch, kv_heads, tokens, head_dim]`` of the last pass, in
-            the backbone's dtype and as attention sees them (rotated); filled while the block runs.
+            site name -> keys and values ``[batch, kv_heads, tokens, head_dim]`` of the last pass,
+            in the backbone's dtype and as attention sees them (rotated); filled inside the block.
         """
         noted: Recorded = {}
         slots = [self._kv_slot(self.sites[name]) for name in sites]
@@ -276,8 +276,8 @@ class Slots:
             )
         if not self._kv[site.name].site.kv:
             raise UserError(
-                f"The backbone computes attention at '{site.name}' in a way of its own, which takes no "
-                "keys and values from outside: choose lora or soft_prompt for it."
+                f"The backbone computes attention at '{site.name}' in a way of its own, which takes "
+                "no keys and values from outside: choose lora or soft_prompt for it."
             )
         return self._kv[site.name]
 
@@ -319,8 +319,9 @@ def per_row(weight: Tensor, like: Tensor) -> Tensor:
         weight = weight.reshape(-1)
     elif weight.ndim == 2 and weight.shape[1] != like.shape[1]:
         raise UserError(
-            f"The plan has weights for {weight.shape[1]} tokens, but the batch has {like.shape[1]}: "
-            "plug the bricks again, for another length or to generate with one weight for each row."
+            f"The plan has weights for {weight.shape[1]} tokens, but the batch has "
+            f"{like.shape[1]}: plug the bricks again, for another length or to generate with one "
+            "weight for each row."
         )
     if weight.shape[0] != rows:
         if rows % weight.shape[0]:
@@ -360,7 +361,7 @@ def rows_of(y: Tensor, site: Site) -> Tensor:
 
 
 def put_rows(y: Tensor, part: Tensor, site: Site) -> Tensor:
-    """``y`` with the site's part replaced; a new tensor, so that autograd and hooks see no write."""
+    """``y`` with the site's part replaced: a new tensor, so that autograd sees no write."""
     if site.rows is None:
         return part
     if len(site.rows) == 1:

@@ -73,18 +73,17 @@ def common_ending(rows: Sequence[Example]) -> tuple[int, ...]:
     return ending
 
 
-def ends_here(ids: Tensor, ending: Sequence[int]) -> Tensor:
+def ends_here(ids: Tensor, ending: Tensor) -> Tensor:
     """Where a prompt ends: ``[batch, seq]`` bool, True on the last token of each ``ending``.
 
     Args:
         ids: token ids ``[batch, seq]``.
-        ending: what `common_ending` found.
+        ending: what `common_ending` found, int64.
     """
     size = len(ending)
     if ids.shape[1] < size:
         return torch.zeros_like(ids, dtype=torch.bool)
-    wanted = torch.tensor(ending, device=ids.device)
-    there = (ids.unfold(1, size, 1) == wanted).all(dim=-1)
+    there = (ids.unfold(1, size, 1) == ending.to(ids.device)).all(dim=-1)
     return F.pad(there, (size - 1, 0))
 
 
@@ -148,7 +147,7 @@ def in_context(query: Example, shown: Sequence[Example], tokenizer: Any) -> list
         # Behind its end-of-text mark a plain language model would begin something new.
         text = text.replace(tokenizer.eos_token, "")
     special = not tokenizer.chat_template  # a template writes its own
-    ids: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
+    ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
     return ids
 
 

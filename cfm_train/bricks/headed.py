@@ -10,6 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassifierOutput
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from cfm_train.backbone.load import Backbone
 from cfm_train.bricks.heads import Head
@@ -96,4 +100,12 @@ def headed_model(backbone: Backbone, head: Head) -> HeadedModel:
     config.label2id = {name: i for i, name in enumerate(names)}
     config.num_labels = len(names)
     config.problem_type = PROBLEM_TYPES.get(head.task_type)
-    return HeadedModel(config, backbone, head).eval()
+    names_of = (
+        MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
+        if head.task_type == "token"
+        else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    )
+    # Pipelines know what a model can do by the name of its class.
+    known = names_of.get(config.model_type, HeadedModel.__name__)
+    own: type[HeadedModel] = type(known, (HeadedModel,), {"__doc__": HeadedModel.__doc__})
+    return own(config, backbone, head).eval()

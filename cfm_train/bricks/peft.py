@@ -27,6 +27,7 @@ from cfm_train.bricks.peft_prompt import VirtualPrompt, prompt_site
 from cfm_train.bricks.peft_tree import Offset, find_offset
 from cfm_train.config.types import TunerOptions
 from cfm_train.errors import UserError
+from cfm_train.library.peft_catalogue import config_fields
 from cfm_train.library.peft_format import CONFIG_FILE, TENSOR_FILE, aside_tensors, function_of
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ class Peft(Brick):
             return self
         sites = whole_sites(backbone, hyper["sites"], hyper["layers"], hyper["tuner"])
         values["target_modules"] = targets(backbone, sites)
+        if "fan_in_fan_out" in config_fields()[hyper["tuner"].upper()]:
+            values["fan_in_fan_out"] = any(site.transposed for site in sites)
         if hyper["tuner"] == "adalora":  # PEFT insists on a length, the run tells it
             rest = (values.get("tinit") or 0) + (values.get("tfinal") or 0)
             values["total_step"] = rest + 1

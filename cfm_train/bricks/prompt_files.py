@@ -17,20 +17,12 @@ from torch import Tensor
 from cfm_train.bricks.brick import json_bytes
 from cfm_train.bricks.peft_modules import TASK_TYPES, check_keys
 from cfm_train.errors import UserError
-from cfm_train.library.peft_format import CONFIG_FILE, TENSOR_FILE, aside_tensors
+from cfm_train.library.peft_format import COMPUTED, CONFIG_FILE, TENSOR_FILE, aside_tensors
 
 if TYPE_CHECKING:
     from cfm_train.backbone.load import Backbone
 
 TENSOR = "prompt_embeddings"
-
-#: Keys of PEFT's prompt configs that we compute, or that decide nothing once a prompt is trained.
-UNDERSTOOD = frozenset(
-    {"num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads"}
-    | {"num_layers", "modules_to_save", "prompt_tuning_init", "prompt_tuning_init_text"}
-    | {"tokenizer_name_or_path", "tokenizer_kwargs", "encoder_hidden_size", "prefix_projection"}
-    | {"init_weights"}
-)
 
 
 def write(
@@ -75,7 +67,7 @@ def read_adapter(
             f"The adapter is a {config.get('peft_type')}, but a brick of kind {kind} is read from "
             f"a {peft_type}: add it under its own kind."
         )
-    check_keys(config, UNDERSTOOD, kind, backbone)
+    check_keys(config, COMPUTED[kind], kind, backbone)
     tensors = load(files[TENSOR_FILE])
     extra = tensors.keys() - {TENSOR} - set(aside_tensors(config, tensors))
     if TENSOR not in tensors or extra:

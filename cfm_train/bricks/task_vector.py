@@ -8,14 +8,15 @@ At one layer, on the last token of a prompt q, behind demonstrations d:
                                                              Todd et al. 2023, arXiv 2310.15213
 
 Nothing is trained. Every layer is tried, and the one with the lowest loss on the answers of
-validation rows is kept. Only a language model that goes on from left to right can be shown
+validation rows is kept. The vector acts wherever a prompt that was given ends, not on what the
+model goes on to write. Only a language model that reads from left to right can be shown
 demonstrations, so the kind needs a decoder and a task of prompts and answers (``instruct``).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
@@ -32,7 +33,7 @@ from cfm_train.bricks.demonstrations import (
     ends_here,
     examples,
 )
-from cfm_train.config.types import Positive, Rate
+from cfm_train.config.types import Positive
 from cfm_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ class TaskVector(Brick):
         demonstrations: rows with answers in each context.
         contexts: how many contexts the vector is the mean of.
         mode: ``add`` the difference that demonstrations make, or ``replace`` what is there.
-        strength: factor on what is added; without effect on ``replace``.
+        strength: factor on what is added (below zero it leads away from the task); without effect
+            on ``replace``.
         layers: numbers of the layers to try, negative ones from the top; None for all.
         validation_rows: at most so many rows decide between the layers.
     """
@@ -59,7 +61,7 @@ class TaskVector(Brick):
         demonstrations: Positive,
         contexts: Positive,
         mode: Literal["add", "replace"],
-        strength: Rate,
+        strength: float,
         layers: list[int] | None,
         validation_rows: Positive,
     ) -> None:
@@ -72,7 +74,9 @@ class TaskVector(Brick):
             validation_rows=validation_rows,
         )
         self.vectors = nn.ParameterDict()
-        self.ending: tuple[int, ...] = ()
+        self.ending: Tensor
+        # Among the tensors, so that vectors for other prompts are never taken for the same brick.
+        self.register_buffer("ending", torch.empty(0, dtype=torch.int64))
 
     def build(self, backbone: Backbone) -> Self:
         """Checks that the backbone can be shown demonstrations; there is no vector yet.
@@ -88,10 +92,10 @@ class TaskVector(Brick):
             )
         return self
 
-    def hold(self, site: str, vector: Tensor, ending: Iterable[int]) -> Self:
+    def hold(self, site: str, vector: Tensor, ending: Sequence[int]) -> Self:
         """Takes a vector ``[hidden]`` for a layer, and the ending of the prompts it acts on."""
         self.site_names = (site,)
-        self.ending = tuple(ending)
+        self.ending = torch.tensor(ending, dtype=torch.int64, device=vector.device)
         self.vectors = nn.ParameterDict(
             {parameter_name(site): nn.Parameter(vector.float(), requires_grad=False)}
         )
@@ -167,20 +171,17 @@ class TaskVector(Brick):
         alone = _last_states(backbone, [c.alone for c in contexts], layers)
         return {layer: self.hyper["strength"] * (shown[layer] - alone[layer]) for layer in layers}
 
-    def interface(self) -> dict[str, Any]:
-        """Kind, hyper-parameters, the layer, and the ending of the prompts."""
-        return {**super().interface(), "ending": list(self.ending)}
-
     @classmethod
     def restore(
         cls, interface: Mapping[str, Any], files: Mapping[str, bytes], backbone: Backbone
     ) -> Self:
         """A brick from its file; an empty one where no vector had been made."""
         brick = cls(**interface["hyper"]).build(backbone)
+        tensors = load(files[NATIVE_FILE])
         for site in interface["sites"]:
-            width = backbone.sites[site].out_features
-            brick.hold(site, torch.zeros(width), interface["ending"])
-        brick.load_tensors(load(files[NATIVE_FILE]) if NATIVE_FILE in files else {})
+            ending = tensors.get("ending", brick.ending).tolist()
+            brick.hold(site, torch.zeros(backbone.sites[site].out_features), ending)
+        brick.load_tensors(tensors)
         return brick.to(backbone.device)
 
 

@@ -100,13 +100,14 @@ def _show(command: Command) -> int:
 
 def _single(overrides: list[str]) -> int:
     from cfm_train.config.compose import is_hydras
-    from cfm_train.launch.job import RunFailed, prepare, print_again
+    from cfm_train.launch.job import RunFailed, prepare, print_again, rehearse
 
     launchers = [one for one in overrides if is_hydras(one)]
     if launchers:
         raise UserError(f"{launchers[0]} counts in a sweep only: add -m, or leave it out.")
     job = prepare(overrides)
     if job.config["dry_run"]:
+        rehearse(job)
         print(f"dry run: every check passed; the run would be kept in {job.folder}")
         return 0
     kept = job.finished() is not None

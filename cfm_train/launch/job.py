@@ -68,7 +68,7 @@ class Job:
 
     def finished(self) -> dict[str, Any] | None:
         """The record of this run where an earlier start finished it."""
-        if not self.record_path.is_file():
+        if not self.record_path.is_file() or getattr(operation_of(self.config), "AGAIN", False):
             return None
         from cfm_train.tracking.record import read_record
 
@@ -118,6 +118,17 @@ def checked(config: dict[str, Any]) -> Job:
     if job.finished() is None:
         _check_disk(job.folder, "outputs")
     return job
+
+
+def rehearse(job: Job) -> None:
+    """What ``dry_run`` checks beyond `checked`: that the brick fits the backbone.
+
+    Raises:
+        UserError: they do not.
+    """
+    rehearsal = getattr(operation_of(job.config), "rehearse", None)
+    if rehearsal is not None:
+        rehearsal(job.config, job.inputs)
 
 
 def operation_of(config: Mapping[str, Any]) -> Any:

@@ -1,11 +1,11 @@
 """PEFT adapter folders as bricks, without importing PEFT or torch.
 
 The two files of an adapter stay as they are, so every artifact of a PEFT kind loads in PEFT
-straight from the library. What our own LoRA and IA3 compute becomes a brick of kind ``lora`` or
-``ia3``; any other tuner becomes kind ``peft`` and runs through PEFT itself. What would change a
-result unseen is refused by name: initialisations that rewrite the backbone (PiSSA and its kin),
-features that our bricks do not compute, keys that the installed PEFT would pass over, tensors that
-belong to nothing.
+straight from the library. What our own LoRA, IA3 and prompts compute becomes a brick of one of our
+kinds (`KINDS`); any other tuner becomes kind ``peft`` and runs through PEFT itself. What would
+change a result unseen is refused by name: initialisations that rewrite the backbone (PiSSA and its
+kin), features that our bricks do not compute, keys that the installed PEFT would pass over, tensors
+that belong to nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 
 #: Our own kinds that read PEFT's format, by PEFT's name for them.
-KINDS = {"LORA": "lora", "IA3": "ia3"}
+KINDS = {
+    "LORA": "lora",
+    "IA3": "ia3",
+    "PROMPT_TUNING": "soft_prompt",
+    "PREFIX_TUNING": "prefix",
+}
 #: Keys of their PEFT configs that these kinds compute.
 COMPUTED = {
     "lora": frozenset(
@@ -40,6 +45,20 @@ COMPUTED = {
         {
             "target_modules", "exclude_modules", "feedforward_modules", "fan_in_fan_out",
             "modules_to_save", "init_ia3_weights",
+        }
+    ),
+    "soft_prompt": frozenset(
+        {
+            "num_virtual_tokens", "token_dim", "num_transformer_submodules",
+            "num_attention_heads", "num_layers", "modules_to_save", "prompt_tuning_init",
+            "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
+        }
+    ),
+    "prefix": frozenset(
+        {
+            "num_virtual_tokens", "token_dim", "num_transformer_submodules",
+            "num_attention_heads", "num_layers", "modules_to_save", "encoder_hidden_size",
+            "prefix_projection", "init_weights",
         }
     ),
 }  # fmt: skip
@@ -68,7 +87,7 @@ class Adapter:
     """What `read_folder` found.
 
     Attributes:
-        kind: ``lora``, ``ia3`` or ``peft``.
+        kind: one of `KINDS`, or ``peft``.
         files: the files to store, by name.
         interface: what, with the tensors, defines the brick.
         base: the backbone as PEFT names it, None where it does not.
@@ -108,7 +127,7 @@ def read_folder(folder: Path, kind: str | None = None) -> Adapter:
         shapes = {name: info.shape for name, info in tensors.items()}
         for name in aside_tensors(config, shapes):
             del shapes[name]
-        (_check_lora_tensors if kind == "lora" else _check_ia3_tensors)(shapes, folder)
+        _CHECKS[kind](shapes, folder)
     return Adapter(
         kind=kind,
         files={name: folder / name for name in (CONFIG_FILE, TENSOR_FILE)},
@@ -251,6 +270,21 @@ def _check_ia3_tensors(shapes: Mapping[str, tuple[int, ...]], folder: Path) -> N
     for name, shape in shapes.items():
         if not name.endswith(".ia3_l") or len(shape) != 2 or 1 not in shape:
             raise _no_part(name, "ia3", folder)
+
+
+def _check_prompt_tensors(shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    """There is one tensor, a row of numbers for each virtual token."""
+    for name, shape in shapes.items():
+        if name != "prompt_embeddings" or len(shape) != 2:
+            raise _no_part(name, "prompt", folder)
+
+
+_CHECKS = {
+    "lora": _check_lora_tensors,
+    "ia3": _check_ia3_tensors,
+    "soft_prompt": _check_prompt_tensors,
+    "prefix": _check_prompt_tensors,
+}
 
 
 def _no_part(name: str, kind: str, folder: Path) -> UserError:

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from cfm_train.data.encode import Encoded
 
 
+#: A finished run is run again: its answers lie outside of the run folder and may be gone.
+AGAIN = True
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What `check` found.

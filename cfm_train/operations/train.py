@@ -16,6 +16,7 @@ from cfm_train.data.sources import Checked, check_all
 from cfm_train.errors import UserError
 from cfm_train.library.card import check_name
 from cfm_train.library.store import Library
+from cfm_train.operations import trained
 from cfm_train.tracking.wandb_run import resolve_mode
 
 if TYPE_CHECKING:
@@ -72,7 +73,6 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     from cfm_train.operations.setting import open_backbone, tracked, unchanged
     from cfm_train.tracking.metrics_file import MetricsFile
     from cfm_train.training.checkpoint import read_position
-    from cfm_train.training.cost import peak_memory
     from cfm_train.training.derive import derive
     from cfm_train.training.fit import fit
     from cfm_train.training.module import Diverged
@@ -82,6 +82,8 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     settings = config["trainer"]
     backbone, before = open_backbone(inputs.backbone, config["backbone"], settings)
     tasks = _encode(inputs, backbone)
+    for name, task in inputs.tasks.items():
+        print(trained.rows_line(task, tasks[name]), flush=True)
     bare = probe(backbone, tasks)
     reseed(config["seed"], "brick")
     brick = make_brick(config["brick"]).build(backbone)
@@ -115,7 +117,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
             else:
                 fitted = derive(backbone, brick, tasks, config["seed"], metrics, wandb)
         except Diverged as error:
-            raise RuntimeError(_where(error, tasks)) from None
+            raise RuntimeError(trained.where(error, tasks)) from None
         judged = judge(backbone, brick, tasks, config["evaluation"], seed=config["seed"], bare=bare)
         matrix = judged.cells(config["name"], "brick")
         floor = None
@@ -139,57 +141,27 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
             metrics=judged.figures(),
             run=folder.name,
         )
-        figures = judged.figures() | (floor.figures("floor") if floor else {})
-        record = {
-            "brick": {
-                "name": card.name,
-                "version": card.version,
-                "path": str(inputs.library.folder(card)),
-                "parents": [],
-            },
-            "backbone": {
-                "id": backbone.id,
-                "fingerprint": backbone.fingerprint,
-                "unchanged": same,
-            },
-            "metrics": figures,
-            "checks": {
-                "backbone unchanged": {"value": same, "tolerance": None, "passed": same},
-                "unplugged equals bare": judged.unplugged,
-            },
-            "cost": {
-                "train_seconds": fitted.train_seconds,
-                "samples_per_second": fitted.rows / max(fitted.train_seconds, 1e-9),
-                "tokens_per_second": fitted.tokens / max(fitted.train_seconds, 1e-9),
-                "peak_memory_bytes": peak_memory(),
-                "trainable_parameters": brick_size(brick),
-                "flop_share": fitted.flop_share,
-            },
-            "data": _data_report(inputs),
-            "matrix": matrix,
-            "samples": samples.latest,
-            "curves": "metrics.jsonl",
-        }
+        record = trained.record_of(
+            inputs.tasks, inputs.library, card, brick, backbone, fitted, judged, floor, same
+        )
+        record |= {"matrix": matrix, "samples": samples.latest}
         if matrix:
             wandb.table("matrix", list(matrix[0]), [list(cell.values()) for cell in matrix])
         wandb.artifact(card.name, "brick", inputs.library.folder(card), {"version": card.version})
-        wandb.summary({name: figure["value"] for name, figure in figures.items()})
+        wandb.summary({name: figure["value"] for name, figure in record["metrics"].items()})
     return {**record, "wandb": wandb.as_record()}
 
 
 def add_heads(brick: Brick, backbone: Backbone, tasks: dict[str, TaskData], seed: int) -> None:
     """Gives the brick a head for each task that needs one."""
     from cfm_train.training.objectives import HEADED
-    from cfm_train.training.task_head import new_head
+    from cfm_train.training.task_head import new_head, set_unit
 
     for name, task in tasks.items():
         if task.spec.type in HEADED:
-            brick.add_head(name, new_head(backbone, task.spec, seed))
-
-
-def brick_size(brick: Brick) -> int:
-    """Trained numbers of the brick, heads included, whether or not they still ask for gradients."""
-    return sum(p.numel() for p in brick.parameters())
+            head = new_head(backbone, task.spec, seed)
+            set_unit(head, task)
+            brick.add_head(name, head)
 
 
 def _encode(inputs: Inputs, backbone: Backbone) -> dict[str, TaskData]:
@@ -199,25 +171,16 @@ def _encode(inputs: Inputs, backbone: Backbone) -> dict[str, TaskData]:
     return {n: encode(t, backbone.tokenizer, cache_dir()) for n, t in inputs.tasks.items()}
 
 
-def _where(error: Any, tasks: dict[str, TaskData]) -> str:
-    """A divergence with the tasks and the places of its rows."""
-    names = sorted({task for task, _ in error.rows})
-    rows = [tasks[task].train.row(i)["_at"] for task, i in error.rows[:5]]
-    more = f" and {len(error.rows) - 5} more" if len(error.rows) > 5 else ""
-    return (
-        f"Training stopped: {error}; rows of {' and '.join(names)}: {', '.join(rows)}{more}. Lower "
-        "trainer.learning_rate, or look at these rows."
-    )
+def rehearse(config: dict[str, Any], inputs: Inputs) -> None:
+    """Loads the backbone and builds the brick for it, as ``dry_run`` wants to know.
 
+    Raises:
+        UserError: the brick does not fit the backbone.
+    """
+    from cfm_train.bricks.kinds import make_brick
+    from cfm_train.operations.setting import open_backbone
 
-def _data_report(inputs: Inputs) -> dict[str, Any]:
-    reports = {name: task.report() for name, task in inputs.tasks.items()}
-    return {
-        "leaks": {name: report["leaks"] for name, report in reports.items()},
-        "skipped_rows": sum(report["skipped_rows"] for report in reports.values()),
-        "fingerprints": {
-            f"{name}/{split}": value
-            for name, report in reports.items()
-            for split, value in report["fingerprints"].items()
-        },
-    }
+    for task in inputs.tasks.values():
+        print(trained.rows_line(task))
+    backbone, _ = open_backbone(inputs.backbone, config["backbone"], config["trainer"])
+    make_brick(config["brick"]).build(backbone)

@@ -117,5 +117,9 @@ def steepest(rates: list[float], losses: list[float]) -> float:
         losses: the smoothed loss at each.
     """
     lowest = max(2, min(range(len(losses)), key=losses.__getitem__))
-    slopes = [losses[i + 1] - losses[i - 1] for i in range(1, lowest)]
-    return rates[1 + min(range(len(slopes)), key=slopes.__getitem__)]
+
+    def slope(i: int) -> float:  # over whole turns of the batches, where there is room
+        start, end = max(0, i - BATCHES), min(lowest, i + BATCHES)
+        return (losses[end] - losses[start]) / (end - start)
+
+    return rates[min(range(1, lowest), key=slope)]

@@ -6,6 +6,7 @@ Which of them start as identity, and that unplugging is exact, is in `test_kinds
 from __future__ import annotations
 
 import functools
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,14 @@ from torch import Tensor
 
 from cfm_train.bricks.peft import Peft
 from cfm_train.bricks.peft_options import OURS, REFUSED
+from cfm_train.bricks.stored import open_brick, store
 from cfm_train.errors import UserError
+from cfm_train.library.__main__ import main
 from cfm_train.library.peft_catalogue import config_fields
 from cfm_train.library.peft_format import read_folder
+from cfm_train.library.store import Library
 from tests import brick_laws as laws
-from tests.backbones import FAMILIES, answers, batch, folder, randomise, tiny
+from tests.backbones import FAMILIES, answers, batch, folder, plain_model, randomise, tiny
 from tests.peft_peers import files_of, in_peft, trained_by_peft, values
 from tests.peft_tuners import make, peft_config, tuners
 
@@ -187,3 +191,65 @@ def test_made_here_it_runs_in_peft_when_ranks_were_cut(tmp_path: Path) -> None:
     found = laws.plugged(backbone, [again], inputs)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert again.files()["adapter_model.safetensors"] == files["adapter_model.safetensors"]
+
+
+def test_a_killed_run_goes_on_with_the_same_ranks() -> None:
+    """What a checkpoint holds, a new brick goes on from: equal to the bit after more steps."""
+    backbone, inputs = tiny("bert"), batch(tiny("bert"))
+    total = 24
+
+    def train(brick: Any, optimizer: Any, steps: range) -> None:
+        brick.train()
+        with backbone.slots.plugged([brick]):
+            for step in steps:
+                optimizer.zero_grad()
+                (answers(backbone, inputs).square().mean() + brick.penalty()).backward()
+                optimizer.step()
+                brick.after_step(step + 1, total)
+
+    def started() -> tuple[Any, Any]:
+        brick = make("adalora", backbone)
+        trained = [p for p in brick.parameters() if p.requires_grad]
+        return brick, torch.optim.AdamW(trained, lr=0.05)
+
+    straight, optimizer = started()
+    train(straight, optimizer, range(total))
+    first, optimizer = started()
+    train(first, optimizer, range(11))
+    buffer = io.BytesIO()
+    torch.save({"brick": first.state_dict(), "optimizer": optimizer.state_dict()}, buffer)
+    buffer.seek(0)
+    state = torch.load(buffer, weights_only=True)
+    second, optimizer = started()
+    second.load_state_dict(state["brick"])
+    optimizer.load_state_dict(state["optimizer"])
+    train(second, optimizer, range(11, total))
+    assert second.files() == straight.files()
+    for (name, one), other in zip(
+        straight.state_dict().items(), second.state_dict().values(), strict=True
+    ):
+        assert torch.equal(one, other), name
+
+
+def test_through_the_library_and_out_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backbone, inputs = tiny("llama"), unmasked("loha", "llama")
+    model = trained_by_peft("llama", peft_config("loha", backbone))
+    files_of(model, tmp_path / "in")
+    expected, at = values(model, inputs), str(tmp_path / "library")
+    added = ["add", str(tmp_path / "in"), "--name", "a", "--backbone", backbone.fingerprint]
+    assert main(["--library", at, *added]) == 0
+    assert main(["--library", at, "export", "a", str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    library = Library(at)
+    brick = open_brick(library.find("a"), library, backbone)
+    found = laws.plugged(backbone, [brick], inputs)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    again = peft.PeftModel.from_pretrained(plain_model("llama"), tmp_path / "out").eval()
+    assert torch.equal(values(again, inputs), expected)
+    # Stored anew, it is the same brick with our hyper-parameters in its card.
+    card = store(brick, library, backbone, name="b", operation="add")
+    same = open_brick(library.find("b"), library, backbone)
+    assert card.sites == list(brick.site_names)
+    assert torch.equal(laws.plugged(backbone, [same], inputs), found)

@@ -147,7 +147,7 @@ def test_random_start_has_the_spread_of_real_tokens() -> None:
 
 
 def test_what_peft_cannot_say_lies_in_a_file_of_our_own() -> None:
-    """Some layers only; both stacks; a decoder with an even number of layers and a prefix for each."""
+    """Some layers only; both stacks; a prefix for each of an even number of decoder layers."""
     t5, llama = tiny("t5"), tiny("llama")
     for brick in (
         prefix(llama, layers=[0]),

@@ -25,7 +25,13 @@ from cfm_train.errors import UserError
 from cfm_train.library.__main__ import main
 from cfm_train.library.folders import export
 from cfm_train.library.peft_catalogue import config_keys
-from cfm_train.library.peft_format import aside_tensors, function_of, read_config, read_folder
+from cfm_train.library.peft_format import (
+    KINDS,
+    aside_tensors,
+    function_of,
+    read_config,
+    read_folder,
+)
 
 BERT = BertConfig(
     vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
@@ -135,7 +141,7 @@ def test_other_tuners_are_kept_as_they_are(peft_type, local, tmp_path):
     expected = trained("llama", config, tmp_path / "in")
     assert main(["--library", local.root, "add", str(tmp_path / "in"), "--name", "a"]) == 0
     card = local.find("a")
-    assert card.kind == ("ia3" if peft_type == "IA3" else "peft")
+    assert card.kind == KINDS.get(peft_type, "peft")
     assert card.interface["peft"]["peft_type"] == peft_type
     export(local, card, tmp_path / "out")
     model = PeftModel.from_pretrained(backbone("llama"), tmp_path / "out").eval()

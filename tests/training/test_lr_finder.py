@@ -27,10 +27,10 @@ def test_the_steepest_point_of_a_known_curve() -> None:
 def test_the_suggestion_trains_well_and_the_brick_starts_afresh(tmp_path: Path) -> None:
     """The brick enters training as it was made, to the bit; the rate is neither idle nor wild."""
     backbone = tiny("bert")
-    data = {"regression": task_data(backbone, "regression")}
+    data = {"regression": task_data(backbone, "regression", rows=200)}
     brick = new_brick(backbone, data, "lora")
     before = {name: value.clone() for name, value in brick.state_dict().items()}
-    options = {"max_steps": 40, "schedule": "constant", "find_learning_rate": True}
+    options = {"max_steps": 40, "find_learning_rate": True}
     with pytest.raises(BrokenOff):
         train(backbone, brick, data, tmp_path / "run", callbacks=[BreakOff(0)], **options)
     assert all(torch.equal(value, before[name]) for name, value in brick.state_dict().items())
@@ -45,7 +45,7 @@ def test_the_suggestion_trains_well_and_the_brick_starts_afresh(tmp_path: Path) 
     def end(rate: float) -> float:
         folder = tmp_path / str(rate)
         fresh = new_brick(backbone, data, "lora")
-        train(backbone, fresh, data, folder, max_steps=40, schedule="constant", learning_rate=rate)
+        train(backbone, fresh, data, folder, max_steps=40, learning_rate=rate)
         losses = [r["train/loss"] for r in rows(folder) if "train/loss" in r]
         return sum(losses[-10:]) / 10
 

@@ -1,0 +1,120 @@
+"""What a training run says of itself: its record, and where it broke off."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cfm_train.backbone.load import Backbone
+    from cfm_train.bricks.brick import Brick
+    from cfm_train.data.encode import TaskData
+    from cfm_train.data.sources import Checked
+    from cfm_train.evaluation.judge import Judged
+    from cfm_train.library.card import Card
+    from cfm_train.library.store import Library
+    from cfm_train.training.fit import Fitted
+    from cfm_train.training.module import Diverged
+
+
+def record_of(
+    tasks: Mapping[str, Checked],
+    library: Library,
+    card: Card,
+    brick: Brick,
+    backbone: Backbone,
+    fitted: Fitted,
+    judged: Judged,
+    floor: Judged | None,
+    same: bool,
+) -> dict[str, Any]:
+    """The record's own part, without matrix, samples and W&B.
+
+    Args:
+        tasks: the tasks as they were checked.
+        library: where the brick lies.
+        card: the brick's card, as stored.
+        brick: the trained brick.
+        backbone: the backbone.
+        fitted: what training left behind.
+        judged: the brick's figures.
+        floor: those of the lower bound, where it was asked for.
+        same: whether the backbone is what it was.
+    """
+    from cfm_train.training.cost import peak_memory
+
+    seconds = max(fitted.train_seconds, 1e-9)
+    return {
+        "brick": {
+            "name": card.name,
+            "version": card.version,
+            "path": str(library.folder(card)),
+            "parents": [],
+        },
+        "backbone": {
+            "id": backbone.id,
+            "fingerprint": backbone.fingerprint,
+            "unchanged": same,
+        },
+        "metrics": judged.figures() | (floor.figures("floor") if floor else {}),
+        "checks": {
+            "backbone unchanged": {"value": same, "tolerance": None, "passed": same},
+            "unplugged equals bare": judged.unplugged,
+        },
+        "cost": {
+            "train_seconds": fitted.train_seconds,
+            "samples_per_second": fitted.rows / seconds,
+            "tokens_per_second": fitted.tokens / seconds,
+            "peak_memory_bytes": peak_memory(),
+            # A finished brick asks for no gradients, so all of its numbers are counted.
+            "trainable_parameters": sum(p.numel() for p in brick.parameters()),
+            "flop_share": fitted.flop_share,
+        },
+        "data": _data_report(tasks),
+        "curves": "metrics.jsonl",
+    }
+
+
+def _data_report(tasks: Mapping[str, Checked]) -> dict[str, Any]:
+    reports = {name: task.report() for name, task in tasks.items()}
+    return {
+        "leaks": {name: report["leaks"] for name, report in reports.items()},
+        "skipped_rows": sum(report["skipped_rows"] for report in reports.values()),
+        "fingerprints": {
+            f"{name}/{split}": value
+            for name, report in reports.items()
+            for split, value in report["fingerprints"].items()
+        },
+    }
+
+
+def where(error: Diverged, tasks: Mapping[str, TaskData]) -> str:
+    """A divergence with the tasks and the places of its rows."""
+    names = sorted({task for task, _ in error.rows})
+    rows = [tasks[task].train.row(i)["_at"] for task, i in error.rows[:5]]
+    more = f" and {len(error.rows) - 5} more" if len(error.rows) > 5 else ""
+    return (
+        f"Training stopped: {error}; rows of {' and '.join(names)}: {', '.join(rows)}{more}. Lower "
+        "trainer.learning_rate, or look at these rows."
+    )
+
+
+def rows_line(task: Checked, encoded: TaskData | None = None) -> str:
+    """One line on a task's rows: how many, and every one that was left out or cut.
+
+    Args:
+        task: the task as it was checked.
+        encoded: its splits as tokens, where they are known.
+    """
+    counts = [f"{len(rows):,} {split}" for split, rows in task.rows.items() if rows]
+    parts = [f"{task.spec.name}: {', '.join(counts)} rows"]
+    if task.leaks.total:
+        parts.append(f"{task.leaks.total} rows left out that another split holds too")
+    if task.skipped:
+        parts.append(f"{sum(task.skipped.values())} bad rows skipped")
+    splits = [s for s in (encoded.train, encoded.validation, encoded.test) if s] if encoded else []
+    if cut := sum(split.truncated for split in splits):
+        parts.append(f"{cut} rows cut at {splits[0].max_length} tokens")
+    if not task.rows.get("test"):
+        parts.append("no test rows, so no test figures (data.test=FILE or data.test_fraction=0.1)")
+    return "; ".join(parts)
