@@ -276,7 +276,7 @@ class Slots:
             )
         if not self._kv[site.name].site.kv:
             raise UserError(
-                f"The backbone computes attention at '{site.name}' in a way of its own, which takes "
+                f"The backbone computes attention at '{site.name}' in its own way, which takes "
                 "no keys and values from outside: choose lora or soft_prompt for it."
             )
         return self._kv[site.name]
