@@ -54,9 +54,6 @@ class Head(nn.Module):
         pooling: how tokens become one vector, see `pool`.
     """
 
-    center: Tensor | None
-    spread: Tensor | None
-
     def __init__(
         self, task_type: str, labels: list[str] | None, hidden_size: int, pooling: str
     ) -> None:
@@ -68,30 +65,10 @@ class Head(nn.Module):
         self.linear = nn.Linear(hidden_size, size)
         nn.init.normal_(self.linear.weight, std=0.02)
         nn.init.zeros_(self.linear.bias)
-        measured = task_type == "regression"
-        self.register_buffer("center", torch.zeros(()) if measured else None)
-        self.register_buffer("spread", torch.ones(()) if measured else None)
-
-    def standardise(self, targets: Tensor) -> None:
-        """Sets a regression head's zero and unit to the mean and deviation of the training targets.
-
-        Args:
-            targets: ``[rows]``. Without this a target of 1,000 would take the optimiser for ever.
-        """
-        if self.center is not None and self.spread is not None:
-            self.center.copy_(targets.double().mean())
-            self.spread.copy_(targets.double().std(correction=0).clamp_min(1e-8))
-
-    def answer(self, pooled: Tensor) -> Tensor:
-        """Logits, or in regression the value in the targets' own unit, from pooled features."""
-        logits = self.linear(pooled)
-        if self.center is not None and self.spread is not None:
-            return logits * self.spread + self.center
-        return logits
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits ``[batch, labels]`` (``[batch, seq, labels]`` for ``token``), float32."""
-        return self.answer(pool(hidden_states, attention_mask, self.pooling))
+        return self.linear(pool(hidden_states, attention_mask, self.pooling))
 
     def describe(self) -> dict[str, Any]:
         """What the card keeps of the head."""

@@ -26,7 +26,7 @@ from cfm_train.training.dataset import EvaluationDataset, plan_steps
 from cfm_train.training.module import monitored
 from cfm_train.training.objectives import HEADED, Result, headed_result
 from cfm_train.training.schedule import factor
-from cfm_train.training.task_head import new_head, set_unit
+from cfm_train.training.task_head import new_head
 
 
 def floor_of(
@@ -70,7 +70,6 @@ def train_head(
     """
     spec = task.spec
     head = new_head(backbone, spec, seed)
-    set_unit(head, task)
     train = frozen_features(backbone, task.train, head.pooling)
     kept = task.validation and frozen_features(backbone, task.validation, head.pooling)
     stream = BatchStream(
@@ -151,7 +150,7 @@ def _on_features(head: Head, data: Features, rows: Any) -> Result:
     else:
         inputs = torch.stack([features[row] for row in chosen])
         right = torch.stack([labels[row] for row in chosen]).to(inputs.device)
-    return headed_result(head.task_type, head.answer(inputs.clone()), right, head.spread)
+    return headed_result(head.task_type, head.linear(inputs.clone()), right)
 
 
 @torch.no_grad()

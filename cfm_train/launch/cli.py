@@ -28,7 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # the cause of an error, not Hydra's wrapper
     try:
-        return _dispatch(parse(sys.argv[1:] if arguments is None else arguments))
+        code = _dispatch(parse(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()  # here, where a reader that has left can still be told from an error
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -155,13 +155,11 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
 def add_heads(brick: Brick, backbone: Backbone, tasks: dict[str, TaskData], seed: int) -> None:
     """Gives the brick a head for each task that needs one."""
     from cfm_train.training.objectives import HEADED
-    from cfm_train.training.task_head import new_head, set_unit
+    from cfm_train.training.task_head import new_head
 
     for name, task in tasks.items():
         if task.spec.type in HEADED:
-            head = new_head(backbone, task.spec, seed)
-            set_unit(head, task)
-            brick.add_head(name, head)
+            brick.add_head(name, new_head(backbone, task.spec, seed))
 
 
 def _encode(inputs: Inputs, backbone: Backbone) -> dict[str, TaskData]:

@@ -5,7 +5,7 @@ count, so that every row (or token) weighs the same however the batches fell.
 
     classification   cross entropy on the head's logits        per row
     multilabel       binary cross entropy, summed over labels  per row
-    regression       squared error, targets standardised       per row
+    regression       squared error                             per row
     token            cross entropy on labelled tokens          per token
     causal, instruct cross entropy on the next token           per token that has a label
     seq2seq          the same on the decoder                   per target token
@@ -74,8 +74,9 @@ def compute(task_type: str, backbone: Backbone, head: Head | None, batch: Batch)
         assert head is not None
         extra = {key: batch[key] for key in ("token_type_ids",) if key in batch}
         hidden_states = backbone.hidden_states(batch["input_ids"], batch["attention_mask"], **extra)
-        logits = head(hidden_states, batch["attention_mask"])
-        return headed_result(task_type, logits, batch["labels"], head.spread)
+        return headed_result(
+            task_type, head(hidden_states, batch["attention_mask"]), batch["labels"]
+        )
     if task_type == "seq2seq":
         logits = backbone.logits(
             input_ids=batch["input_ids"],
@@ -86,13 +87,8 @@ def compute(task_type: str, backbone: Backbone, head: Head | None, batch: Batch)
     return _next_token(backbone, batch)
 
 
-def headed_result(
-    task_type: str, logits: Tensor, labels: Tensor, spread: Tensor | None = None
-) -> Result:
-    """The loss of a head's logits ``[batch, labels]`` (``token``: ``[batch, seq, labels]``).
-
-    In regression the error is counted in units of ``spread``, the targets' standard deviation.
-    """
+def headed_result(task_type: str, logits: Tensor, labels: Tensor) -> Result:
+    """The loss of a head's logits ``[batch, labels]`` (``token``: ``[batch, seq, labels]``)."""
     ones = torch.ones(len(labels), dtype=torch.int64, device=labels.device)
     if task_type == "classification":
         rows = F.cross_entropy(logits, labels, reduction="none")
@@ -102,7 +98,6 @@ def headed_result(
         ).sum(dim=1)
     elif task_type == "regression":
         rows = F.mse_loss(logits[:, 0], labels.to(logits.dtype), reduction="none")
-        rows = rows if spread is None else rows / spread**2
     else:
         return _tokens(logits, labels)
     return Result(rows.sum(), len(labels), logits, rows.detach(), ones)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
-import torch
-
 from cfm_train.backbone.load import Backbone
 from cfm_train.bricks.heads import Head
-from cfm_train.data.encode import TaskData
 from cfm_train.data.tasks import TaskSpec
 from cfm_train.training.seeding import reseed
 
@@ -25,9 +21,3 @@ def new_head(backbone: Backbone, spec: TaskSpec, seed: int) -> Head:
     whole = "last" if backbone.family == "decoder" else "mean"  # what has seen the whole text
     pooling = "none" if spec.type == "token" else whole
     return Head(spec.type, labels, backbone.hidden_size, pooling).to(backbone.device)
-
-
-def set_unit(head: Head, task: TaskData) -> None:
-    """Gives a regression head the mean and deviation of its task's training targets."""
-    if task.spec.type == "regression":
-        head.standardise(torch.from_numpy(np.array(task.train.arrays["labels"])))
