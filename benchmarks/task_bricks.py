@@ -188,13 +188,15 @@ def peer(
     return result
 
 
-def runs(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
-    """Every arm on every task and seed, interleaved."""
-    for task in options.tasks:
-        for seed in options.seeds:
+def runs(
+    options: argparse.Namespace, folder: Path, done: set[tuple[str, str, int]]
+) -> Iterator[dict[str, Any]]:
+    """Every arm on every task and seed, interleaved; what is done already is left out."""
+    for seed in options.seeds:
+        for task in options.tasks:
             for arm in options.arms:
                 short = arm not in options.scores
-                if short and seed != options.seeds[0]:
+                if (short and seed != options.seeds[0]) or (arm, task, seed) in done:
                     continue
                 if arm == "ours":
                     figures = ours(task, seed, options, folder)
@@ -252,16 +254,21 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4000, help="training rows of each task")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of a batch")
     parser.add_argument("--speed-steps", type=int, default=40)
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmark_task_bricks.json"))
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+    settings = {k: str(v) for k, v in vars(options).items() if k not in ("seeds", "tasks", "out")}
     rows: list[dict[str, Any]] = []
+    if options.out.is_file():  # a benchmark that was broken off goes on where it was
+        kept = json.loads(options.out.read_text())
+        rows = kept["rows"] if kept["options"] == settings else []
+    done = {(row["arm"], row["task"], row["seed"]) for row in rows}
     with tempfile.TemporaryDirectory() as folder:
-        for row in runs(options, Path(folder)):
+        for row in runs(options, Path(folder), done):
             rows.append(row)
             score = f"{row['score']:.3f}" if "score" in row else "  –  "
             print(
@@ -269,9 +276,9 @@ def main() -> None:
                 f"{row['samples_per_second']:7.1f} samples/s",
                 flush=True,
             )
-            told = {"options": {k: str(v) for k, v in vars(options).items()}, "rows": rows}
+            told = {"options": settings, "rows": rows, "summary": summary(rows)}
             options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps({**told, "summary": summary(rows)}, indent=1))
+            options.out.write_text(json.dumps(told, indent=1))
     for name, figures in summary(rows).items():
         print(name, {k: round(v, 3) for k, v in figures.items()})
 
