@@ -42,7 +42,7 @@ class Fitted:
         best_step: the step whose brick was kept; equal to ``steps`` without validation.
         learning_rate: the peak rate that was used.
         rows, tokens: how much was trained on (real tokens, padding left out).
-        train_seconds: time inside optimiser steps.
+        train_seconds: time from batch to batch, all but start-up and validation.
         flop_share: achieved share of the 4N limit.
         stopped: why training ended: ``finished`` or ``early``.
     """

@@ -109,6 +109,7 @@ class BrickModule(pl.LightningModule):
         self.rows_seen = 0
         self.tokens_seen = 0
         self.train_seconds = 0.0
+        self._since = time.perf_counter()
         self._window: list[float] = []
         self._first_window: float | None = None
 
@@ -140,6 +141,14 @@ class BrickModule(pl.LightningModule):
         """Plugs the brick in; it stays plugged for training and validation."""
         self.backbone.slots.plug([self.brick])
 
+    def on_train_start(self) -> None:
+        """Starts the clock of the first step."""
+        self._since = time.perf_counter()
+
+    def on_validation_end(self) -> None:
+        """Starts the clock again: a step's time is all but the validation before it."""
+        self._since = time.perf_counter()
+
     def loss_of(self, batch: Batch) -> Result:
         """The objective on one micro-batch."""
         task = batch["task"]
@@ -152,7 +161,6 @@ class BrickModule(pl.LightningModule):
         Raises:
             Diverged: the loss or the gradient is not finite, or the loss has grown out of hand.
         """
-        started = time.perf_counter()
         step = self.global_step
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         total = max(1, sum(count_items(self.specs[b["task"]].type, b) for b in group))
@@ -183,7 +191,8 @@ class BrickModule(pl.LightningModule):
         tokens = sum(int(b["tokens"]) for b in group)
         self.rows_seen += rows
         self.tokens_seen += tokens
-        seconds = time.perf_counter() - started
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
         self.train_seconds += seconds
         return {
             "step": step + 1,
