@@ -144,7 +144,7 @@ def test_any_task_name_goes_through_the_library(name: str, tmp_path: Path) -> No
     from cfm_train.bricks.stored import open_brick
     from cfm_train.training.task_head import new_head
 
-    brick.add_head(name, new_head(backbone, data.spec, 5))
+    brick.add_head(name, new_head(backbone, data, 5))
     card = store(brick, Library(tmp_path), backbone, name="x", operation="train")
     again = open_brick(Library(tmp_path).find("x"), Library(tmp_path), backbone)
     assert list(card.heads) == [name] == list(again.heads)

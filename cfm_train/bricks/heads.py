@@ -5,6 +5,10 @@
 
 A head is a named part of a task brick. It works in float32 whatever the backbone's dtype: it is
 small, and its logits decide.
+
+A regression head learns standardised targets, (target - center) / spread, so that a target around
+1,000 is learnt as fast as one around 1. ``center`` and ``spread`` are tensors of the head like its
+weights: wherever the head goes, it answers in the targets' own unit.
 """
 
 from __future__ import annotations
@@ -52,7 +56,14 @@ class Head(nn.Module):
         labels: the label names in order, None for regression.
         hidden_size: width of the backbone.
         pooling: how tokens become one vector, see `pool`.
+
+    Attributes:
+        center, spread: scalar float32 buffers of a regression head, the zero and the unit that it
+            learns in; None for the other types.
     """
+
+    center: Tensor | None
+    spread: Tensor | None
 
     def __init__(
         self, task_type: str, labels: list[str] | None, hidden_size: int, pooling: str
@@ -65,10 +76,46 @@ class Head(nn.Module):
         self.linear = nn.Linear(hidden_size, size)
         nn.init.normal_(self.linear.weight, std=0.02)
         nn.init.zeros_(self.linear.bias)
+        has_unit = task_type == "regression"
+        self.register_buffer("center", torch.zeros(()) if has_unit else None)
+        self.register_buffer("spread", torch.ones(()) if has_unit else None)
+
+    def take_unit(self, targets: Tensor) -> None:
+        """Sets center and spread to mean and (population) standard deviation of training targets.
+
+        Args:
+            targets: ``[rows]``, finite. Where all are equal the spread stays 1.
+        """
+        assert self.center is not None and self.spread is not None
+        targets = targets.double()
+        self.center.copy_(targets.mean())
+        if bool((targets != targets[0]).any()):
+            smallest = torch.finfo(torch.float32).tiny
+            self.spread.copy_(targets.std(correction=0).clamp_min(smallest))
+
+    def standardise(self, targets: Tensor) -> Tensor:
+        """Targets ``[batch]`` in the unit that the head learns in, float32."""
+        targets = targets.float()
+        if self.center is None or self.spread is None:
+            return targets
+        return (targets - self.center) / self.spread
+
+    def answer(self, logits: Tensor) -> Tensor:
+        """What the linear map gave, in regression brought back to the targets' own unit."""
+        if self.center is None or self.spread is None:
+            return logits
+        return logits * self.spread + self.center
+
+    def raw(self, hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
+        """What the linear map gives, the input of `answer`: the loss is taken of it."""
+        return self.linear(pool(hidden_states, attention_mask, self.pooling))
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits ``[batch, labels]`` (``[batch, seq, labels]`` for ``token``), float32."""
-        return self.linear(pool(hidden_states, attention_mask, self.pooling))
+        """Logits ``[batch, labels]`` (``[batch, seq, labels]`` for ``token``), float32.
+
+        A regression head gives ``[batch, 1]`` in the targets' own unit.
+        """
+        return self.answer(self.raw(hidden_states, attention_mask))
 
     def describe(self) -> dict[str, Any]:
         """What the card keeps of the head."""

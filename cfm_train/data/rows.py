@@ -27,6 +27,9 @@ from cfm_train.data.tasks import as_columns
 
 Row = dict[str, Any]
 
+#: The largest number that float32 holds; targets are kept in it.
+LARGEST = (2 - 2**-23) * 2.0**127
+
 
 class MissingColumn(BadRow):
     """A row lacks a column; carries what it has, so that the nearest name can be offered."""
@@ -117,6 +120,8 @@ def regression(cells: Cells, answers: bool) -> Row:
             number = math.nan
         if not math.isfinite(number) or isinstance(value, bool):
             raise BadRow(f"column '{column}' must be a number, found {value!r}")
+        if abs(number) > LARGEST:
+            raise BadRow(f"column '{column}' must be a number up to 3.4e38, found {value!r}")
         row["label"] = number
     return row
 

@@ -69,7 +69,7 @@ def train_head(
         RuntimeError: the loss or its gradient is not finite.
     """
     spec = task.spec
-    head = new_head(backbone, spec, seed)
+    head = new_head(backbone, task, seed)
     train = frozen_features(backbone, task.train, head.pooling)
     kept = task.validation and frozen_features(backbone, task.validation, head.pooling)
     stream = BatchStream(
@@ -150,7 +150,7 @@ def _on_features(head: Head, data: Features, rows: Any) -> Result:
     else:
         inputs = torch.stack([features[row] for row in chosen])
         right = torch.stack([labels[row] for row in chosen]).to(inputs.device)
-    return headed_result(head.task_type, head.linear(inputs.clone()), right)
+    return headed_result(head, head.linear(inputs.clone()), right)
 
 
 @torch.no_grad()

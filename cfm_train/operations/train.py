@@ -159,7 +159,7 @@ def add_heads(brick: Brick, backbone: Backbone, tasks: dict[str, TaskData], seed
 
     for name, task in tasks.items():
         if task.spec.type in HEADED:
-            brick.add_head(name, new_head(backbone, task.spec, seed))
+            brick.add_head(name, new_head(backbone, task, seed))
 
 
 def _encode(inputs: Inputs, backbone: Backbone) -> dict[str, TaskData]:

@@ -5,7 +5,7 @@ count, so that every row (or token) weighs the same however the batches fell.
 
     classification   cross entropy on the head's logits        per row
     multilabel       binary cross entropy, summed over labels  per row
-    regression       squared error                             per row
+    regression       squared error of standardised targets     per row
     token            cross entropy on labelled tokens          per token
     causal, instruct cross entropy on the next token           per token that has a label
     seq2seq          the same on the decoder                   per target token
@@ -39,7 +39,8 @@ class Result:
     Attributes:
         loss: sum over items, a scalar float32 tensor.
         count: number of items.
-        logits: the head's logits (headed tasks), else None.
+        logits: the head's logits (headed tasks; in regression its answers, in the targets' own
+            unit), else None.
         row_loss: ``[batch]`` float32, each row's sum.
         row_count: ``[batch]`` int64, each row's number of items.
     """
@@ -75,7 +76,7 @@ def compute(task_type: str, backbone: Backbone, head: Head | None, batch: Batch)
         extra = {key: batch[key] for key in ("token_type_ids",) if key in batch}
         hidden_states = backbone.hidden_states(batch["input_ids"], batch["attention_mask"], **extra)
         return headed_result(
-            task_type, head(hidden_states, batch["attention_mask"]), batch["labels"]
+            head, head.raw(hidden_states, batch["attention_mask"]), batch["labels"]
         )
     if task_type == "seq2seq":
         logits = backbone.logits(
@@ -87,8 +88,15 @@ def compute(task_type: str, backbone: Backbone, head: Head | None, batch: Batch)
     return _next_token(backbone, batch)
 
 
-def headed_result(task_type: str, logits: Tensor, labels: Tensor) -> Result:
-    """The loss of a head's logits ``[batch, labels]`` (``token``: ``[batch, seq, labels]``)."""
+def headed_result(head: Head, logits: Tensor, labels: Tensor) -> Result:
+    """The loss of what a head's linear map gave, see `Head.raw`.
+
+    Args:
+        head: the head: its task type says which loss, and in regression its unit.
+        logits: ``[batch, labels]`` (``token``: ``[batch, seq, labels]``).
+        labels: what is right, by task type; numbers in their own unit.
+    """
+    task_type = head.task_type
     ones = torch.ones(len(labels), dtype=torch.int64, device=labels.device)
     if task_type == "classification":
         rows = F.cross_entropy(logits, labels, reduction="none")
@@ -97,10 +105,10 @@ def headed_result(task_type: str, logits: Tensor, labels: Tensor) -> Result:
             logits, labels.to(logits.dtype), reduction="none"
         ).sum(dim=1)
     elif task_type == "regression":
-        rows = F.mse_loss(logits[:, 0], labels.to(logits.dtype), reduction="none")
+        rows = F.mse_loss(logits[:, 0], head.standardise(labels), reduction="none")
     else:
         return _tokens(logits, labels)
-    return Result(rows.sum(), len(labels), logits, rows.detach(), ones)
+    return Result(rows.sum(), len(labels), head.answer(logits), rows.detach(), ones)
 
 
 def _tokens(logits: Tensor, labels: Tensor) -> Result:

@@ -80,7 +80,7 @@ def test_regression(section: Make) -> None:
     score = section(task="regression")
     assert row(score, {"text": "x", "label": 3})["label"] == 3.0
     assert row(score, {"text": "x", "label": "-2.5e-1"}, typed=False)["label"] == -0.25
-    for value in ("2.5", None, True, float("nan"), float("inf"), [1], "good"):
+    for value in ("2.5", None, True, float("nan"), float("inf"), [1], "good", -3.5e38):
         with pytest.raises(BadRow, match="must be a number"):
             row(score, {"text": "x", "label": value})
 

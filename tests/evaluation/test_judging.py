@@ -93,7 +93,7 @@ def test_the_floor_is_the_head_trained_on_the_running_backbone(task: str, tmp_pa
     head = train_head(backbone, data, {**TRAINER, **options}, seed=3)
     for a, b in zip(head.parameters(), brick.head_for(task).parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
-    assert (head.linear.weight - new_head(backbone, data.spec, 3).linear.weight).abs().max() > 0.01
+    assert (head.linear.weight - new_head(backbone, data, 3).linear.weight).abs().max() > 0.01
 
 
 def constant(label: int) -> Head:

@@ -49,7 +49,8 @@ def row_loss(task: str, logits: np.ndarray, encoded: Encoded, row: int) -> tuple
     if task == "classification":
         return logsumexp(logits) - logits[label], 1
     if task == "regression":
-        return (logits[0] - label) ** 2, 1
+        targets = np.array([r["label"] for r in encoded.rows])
+        return (logits[0] - (label - targets.mean()) / targets.std()) ** 2, 1
     shares = expit(logits)
     return -sum(math.log(p if on else 1 - p) for p, on in zip(shares, label, strict=True)), 1
 
@@ -58,7 +59,7 @@ def row_loss(task: str, logits: np.ndarray, encoded: Encoded, row: int) -> tuple
 def test_headed_tasks(family: str, task: str) -> None:
     backbone = tiny(family)
     data = task_data(backbone, task)
-    head = new_head(backbone, data.spec, 0)
+    head = new_head(backbone, data, 0)
     torch.nn.init.normal_(head.linear.bias)
     batch = whole_batch(backbone, task, data.train)
     assert len(set(batch["attention_mask"].sum(1).tolist())) > 1, "rows of several lengths"
