@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -64,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--json", action="store_true", help="as JSON")
     one = command("show", _show, "show everything about a brick", ref="1")
     one.add_argument("--json", action="store_true", help="the card itself")
-    one = command("add", _add, "store a PEFT adapter folder as a brick")
+    one = command("add", _add, "store a PEFT adapter folder, or what export wrote, as a brick")
     one.add_argument("folder", metavar="FOLDER", type=Path)
     one.add_argument("--name", required=True, help="the brick's name")
     one.add_argument("--backbone", help="a backbone's name, folder, Hub id or fingerprint")
@@ -117,10 +118,13 @@ def _add(library: Library, options: argparse.Namespace) -> None:
     from cfm_train.library.peft_format import read_folder
 
     check_name(options.name)
-    adapter = read_folder(options.folder, options.kind)
     backbone_id, fingerprint, tokenizer = (
-        _backbone(options.backbone) if options.backbone else (adapter.base, None, None)
+        _backbone(options.backbone) if options.backbone else (None, None, None)
     )
+    why = _add_export(library, options, fingerprint)
+    if why is None:
+        return
+    adapter = read_folder(options.folder, options.kind)
     card = Card(
         name=options.name,
         kind=adapter.kind,
@@ -134,6 +138,8 @@ def _add(library: Library, options: argparse.Namespace) -> None:
     )
     stored = library.add(adapter.files, card)
     print(f"{stored.ref}  {stored.kind}  {library.root}/{stored.name}/{stored.version}")
+    if why:
+        print(f"It comes as a foreign adapter, without heads and card: {why}")
     if not fingerprint:
         print("It names no backbone that can be checked: add it with --backbone to have that.")
     if adapter.aside:
@@ -141,6 +147,35 @@ def _add(library: Library, options: argparse.Namespace) -> None:
             f"{len(adapter.aside)} tensors of whole modules ({adapter.aside[0]}, …) are kept for "
             "export and left out by cfm_train, which puts a head of its own on a backbone."
         )
+
+
+def _add_export(
+    library: Library, options: argparse.Namespace, fingerprint: str | None
+) -> str | None:
+    """Adds a folder that `export` wrote, with its heads and all that its card says.
+
+    Returns:
+        None where that was done; else why not (empty where the folder never was an export).
+    """
+    from cfm_train.library.folders import take_back
+
+    try:
+        found = take_back(options.folder)
+    except UserError as error:
+        return str(error)
+    if found is None:
+        return ""
+    card, files = found
+    if fingerprint and fingerprint not in card.requires:
+        return f"{card.ref} was made for another backbone than --backbone."
+    if options.kind not in (None, card.kind):
+        return f"{card.ref} is of kind {card.kind}, and --kind asks for {options.kind}."
+    licence = options.licence or card.licence
+    stored = library.add(files, dataclasses.replace(card, name=options.name, licence=licence))
+    print(f"{stored.ref}  {stored.kind}  {library.root}/{stored.name}/{stored.version}")
+    heads = f"its heads ({', '.join(card.heads)}) and its card" if card.heads else "its card"
+    print(f"The folder is {card.ref} as it was exported: {heads} came along.")
+    return None
 
 
 def _backbone(text: str) -> tuple[str | None, str, str | None]:

@@ -1,4 +1,4 @@
-"""Plain folders outside of a library: export as a PEFT adapter, push and pull as an artifact."""
+"""Plain folders outside of a library: export as a PEFT adapter and take it back; push and pull."""
 
 from __future__ import annotations
 
@@ -50,6 +50,42 @@ def export(library: Library, card: Card, folder: Path) -> list[str]:
         front = name in (CONFIG_FILE, TENSOR_FILE, "README.md")
         files[name if front else f"{ASIDE}/{name}"] = source / name
     return write_folder(folder, files)
+
+
+def take_back(folder: Path) -> tuple[Card, dict[str, Content]] | None:
+    """The artifact of a folder that `export` wrote, so that it comes back as the version it was.
+
+    Args:
+        folder: a PEFT adapter folder.
+
+    Returns:
+        The card and the files; None where no card lies aside.
+
+    Raises:
+        UserError: the card is damaged, or adapter and heads are not the ones that it was written
+            for (retrained, edited): they are another brick than the card says.
+    """
+    aside = folder / ASIDE
+    path = aside / CARD_FILE
+    if not path.is_file():
+        return None
+    card = Card.from_json(path.read_bytes(), str(path))
+    files: dict[str, Content] = {}
+    for name, expected in card.files.items():
+        gate.check_file(name, str(folder))
+        if name == "README.md":  # a person's to change; the library writes its own
+            continue
+        place = folder / name if name in (CONFIG_FILE, TENSOR_FILE) else aside / name
+        if not place.is_file():
+            raise UserError(f"{place} is missing, which the card of {card.ref} names.")
+        with place.open("rb") as file:
+            if gate.hash_of(file) != expected:
+                raise UserError(f"{place} has changed since {card.ref} was exported.")
+        files[name] = place
+    version = version_of(files, card)
+    if version != card.version:
+        raise UserError(f"{path} was edited: its tensors and interface give version {version}.")
+    return card, files
 
 
 def push(library: Library, card: Card, folder: Path) -> list[str]:

@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from cfm_train.library.__main__ import main
+from cfm_train.library.card import Card
 from cfm_train.library.store import Library
 
 SCORE = {"value": 0.86, "low": 0.84, "high": 0.88, "n": 100}
@@ -221,6 +222,92 @@ def test_add_with_a_backbone(run, filled, tmp_path):
     assert fits.backbone_id == "model"
     code, _, err = run("add", folder, "--name", "lost", "--backbone", str(tmp_path / "gone"))
     assert code == 2 and "There is no backbone folder" in err
+
+
+@pytest.fixture
+def exported(run, filled, tmp_path):  # type: ignore[no-untyped-def]
+    """A brick in PEFT's format with head and history, and the folder that it was exported to."""
+    peft = adapter(tmp_path / "adapter")
+    files = {path.name: path for path in peft.iterdir()}
+    files["heads.safetensors"] = tmp_path / "heads.safetensors"
+    save_file({"t.linear.weight": np.ones((2, 4), np.float32)}, files["heads.safetensors"])
+    card = Card(
+        name="mine",
+        kind="lora",
+        operation="train",
+        sites=["layer.0.attn.q"],
+        requires=["b" * 64],
+        heads={"t": {"task": "classification", "labels": ["no", "yes"]}},
+        interface={"kind": "lora"},
+        recipe={"seed": 3},
+        metrics={"test/accuracy": SCORE},
+        run="mine-1",
+    )
+    stored = filled.add(files, card)
+    folder = tmp_path / "exported"
+    assert run("export", "mine", str(folder))[0] == 0
+    return stored, folder
+
+
+def test_an_export_comes_back_as_what_it_was(run, filled, exported):
+    """Heads, figures and history; under another name, the same version."""
+    stored, folder = exported
+    (folder / "README.md").write_text("# rewritten by hand\n")
+    code, out, err = run("add", str(folder), "--name", "again", "--backbone", "b" * 64)
+    assert (code, err) == (0, "")
+    assert f"The folder is {stored.ref} as it was exported: its heads (t) and its card came" in out
+    again = filled.find("again")
+    assert again.version == stored.version
+    assert again.to_dict() == {**stored.to_dict(), "name": "again", "files": again.files}
+    assert {n: h for n, h in again.files.items() if n != "README.md"} == {
+        n: h for n, h in stored.files.items() if n != "README.md"
+    }
+    assert filled.verify("again") == []
+    assert run("add", str(folder), "--name", "free", "--licence", "mit")[0] == 0
+    assert filled.find("free").licence == "mit"
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ("tensors", "adapter_model.safetensors has changed since mine@"),
+        ("heads", "heads.safetensors has changed since mine@"),
+        ("no heads", "heads.safetensors is missing, which the card of mine@"),
+        ("config", "adapter_config.json has changed since mine@"),
+        ("sites", "brick.json was edited: its tensors and interface give version"),
+        ("card", "is not a card: it is not valid JSON"),
+        ("backbone", "was made for another backbone than --backbone."),
+        ("kind", "is of kind lora, and --kind asks for peft."),
+    ],
+)
+def test_an_export_that_is_no_longer_what_it_was_is_foreign(run, filled, exported, change, why):
+    """Another adapter by now: it comes without heads and figures, and the screen says why."""
+    stored, folder = exported
+    more = {"backbone": ("--backbone", "c" * 64), "kind": ("--kind", "peft")}.get(change, ())
+    if change == "tensors":
+        stem = "base_model.model.encoder.layer.0.attention.self.query"
+        a, b = np.ones((1, 4), np.float32), 2 * np.ones((4, 1), np.float32)
+        tensors = {f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}
+        save_file(tensors, folder / "adapter_model.safetensors")
+    elif change == "heads":
+        weight = np.zeros((2, 4), np.float32)
+        save_file({"t.linear.weight": weight}, folder / "cfm_train" / "heads.safetensors")
+    elif change == "no heads":
+        (folder / "cfm_train" / "heads.safetensors").unlink()
+    elif change == "config":
+        path = folder / "adapter_config.json"
+        path.write_text(path.read_text().replace('"lora_alpha": 1', '"lora_alpha": 2'))
+    elif change == "sites":
+        path = folder / "cfm_train" / "brick.json"
+        path.write_text(path.read_text().replace("layer.0.attn.q", "layer.1.attn.q"))
+    elif change == "card":
+        (folder / "cfm_train" / "brick.json").write_text("{")
+    code, out, err = run("add", str(folder), "--name", "again", *more)
+    assert (code, err) == (0, "")
+    assert "It comes as a foreign adapter, without heads and card: " in out and why in out
+    again = filled.find("again")
+    assert again.heads == {} and again.metrics == {} and again.operation == "add"
+    assert again.version != stored.version and filled.verify("again") == []
 
 
 HEAVY = ("torch", "transformers", "peft", "lightning", "pytorch_lightning", "wandb", "datasets")
