@@ -29,91 +29,62 @@ LAYERS = 2
 _FOLDERS = tempfile.TemporaryDirectory(prefix="cfm-backbones-")
 
 
-def _model(family: str) -> Any:
+#: What the configs have in common, and what each family calls or has otherwise.
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+}
+ENDS = {"bos_token_id": 1, "eos_token_id": 1}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "bert": COMMON,
+    "llama": {
+        **COMMON,
+        **ENDS,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+    },
+    "gpt2": {
+        **ENDS,
+        "vocab_size": VOCABULARY,
+        "n_embd": HIDDEN,
+        "n_layer": LAYERS,
+        "n_head": 4,
+        "n_positions": 128,
+    },
+    "t5": {
+        "vocab_size": VOCABULARY,
+        "d_model": HIDDEN,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": LAYERS,
+        "num_heads": 4,
+        "relative_attention_num_buckets": 8,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 0,
+    },
+    "gpt_neox": {**COMMON, **ENDS},
+    "modernbert": {**COMMON, **ENDS, "pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 1},
+}
+
+
+def _class(family: str) -> tuple[Any, dict[str, Any]]:
+    """transformers' class of a family, and what to make it with."""
     import transformers as tf
 
-    if family == "bert":
-        return tf.BertModel(
-            tf.BertConfig(
-                vocab_size=VOCABULARY,
-                hidden_size=HIDDEN,
-                num_hidden_layers=LAYERS,
-                num_attention_heads=4,
-                intermediate_size=48,
-                max_position_embeddings=64,
-            ),
-            add_pooling_layer=False,
-        )
-    if family == "llama":
-        return tf.LlamaForCausalLM(
-            tf.LlamaConfig(
-                vocab_size=VOCABULARY,
-                hidden_size=HIDDEN,
-                num_hidden_layers=LAYERS,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                intermediate_size=48,
-                max_position_embeddings=128,
-                pad_token_id=0,
-                bos_token_id=1,
-                eos_token_id=1,
-            )
-        )
-    if family == "gpt2":
-        return tf.GPT2LMHeadModel(
-            tf.GPT2Config(
-                vocab_size=VOCABULARY,
-                n_embd=HIDDEN,
-                n_layer=LAYERS,
-                n_head=4,
-                n_positions=128,
-                bos_token_id=1,
-                eos_token_id=1,
-            )
-        )
-    if family == "gpt_neox":
-        return tf.GPTNeoXForCausalLM(
-            tf.GPTNeoXConfig(
-                vocab_size=VOCABULARY,
-                hidden_size=HIDDEN,
-                num_hidden_layers=LAYERS,
-                num_attention_heads=4,
-                intermediate_size=48,
-                max_position_embeddings=64,
-                bos_token_id=1,
-                eos_token_id=1,
-            )
-        )
-    if family == "modernbert":
-        return tf.ModernBertModel(
-            tf.ModernBertConfig(
-                vocab_size=VOCABULARY,
-                hidden_size=HIDDEN,
-                num_hidden_layers=LAYERS,
-                num_attention_heads=4,
-                intermediate_size=48,
-                max_position_embeddings=64,
-                pad_token_id=0,
-                bos_token_id=1,
-                eos_token_id=1,
-                cls_token_id=1,
-                sep_token_id=1,
-            )
-        )
-    return tf.T5ForConditionalGeneration(
-        tf.T5Config(
-            vocab_size=VOCABULARY,
-            d_model=HIDDEN,
-            d_kv=8,
-            d_ff=48,
-            num_layers=LAYERS,
-            num_heads=4,
-            relative_attention_num_buckets=8,
-            pad_token_id=0,
-            eos_token_id=1,
-            decoder_start_token_id=0,
-        )
-    )
+    return {
+        "bert": (tf.BertModel, {"add_pooling_layer": False}),
+        "llama": (tf.LlamaForCausalLM, {}),
+        "gpt2": (tf.GPT2LMHeadModel, {}),
+        "t5": (tf.T5ForConditionalGeneration, {}),
+        "gpt_neox": (tf.GPTNeoXForCausalLM, {}),
+        "modernbert": (tf.ModernBertModel, {}),
+    }[family]
 
 
 def _tokenizer() -> Any:
@@ -135,7 +106,8 @@ def folder(family: str) -> Path:
     """The folder of a tiny model of `FAMILIES` or `FUSED`, made on first use."""
     path = Path(_FOLDERS.name) / family
     generator = torch.Generator().manual_seed((*FAMILIES, *FUSED).index(family))
-    model = _model(family)
+    kind, options = _class(family)
+    model = kind(kind.config_class(**CONFIGS[family]), **options)
     with torch.no_grad():
         for name, value in model.named_parameters():
             noise = torch.randn(value.shape, generator=generator)
@@ -175,17 +147,7 @@ def tiny(family: str, dtype: str = "float32") -> Backbone:
 
 def plain_model(family: str) -> Any:
     """The same model through transformers alone, float32, with transformers' own attention."""
-    import transformers as tf
-
-    kind = {
-        "bert": tf.BertModel,
-        "llama": tf.LlamaForCausalLM,
-        "gpt2": tf.GPT2LMHeadModel,
-        "t5": tf.T5ForConditionalGeneration,
-        "gpt_neox": tf.GPTNeoXForCausalLM,
-        "modernbert": tf.ModernBertModel,
-    }[family]
-    options = {"add_pooling_layer": False} if family == "bert" else {}
+    kind, options = _class(family)
     return kind.from_pretrained(folder(family), dtype=torch.float32, **options).eval()
 
 
