@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cfm_train.backbone.load import Backbone
 from cfm_train.bricks.brick import Brick
@@ -103,6 +103,21 @@ def round_trips(make: Make, family: str) -> None:
     assert torch.equal(plugged(backbone, [again], inputs), plugged(backbone, [brick], inputs))
     assert again.interface() == brick.interface()
     assert again.files() == brick.files()
+
+
+def answers_like(oracle: nn.Module, brick: Brick, backbone: Backbone) -> None:
+    """The brick answers as the oracle does, and not as the bare backbone; then both learn.
+
+    After it the parameters of the oracle and of the brick hold the gradients of one loss.
+    """
+    inputs = batch(backbone)
+    expected = answers(oracle, inputs)
+    with backbone.slots.plugged([brick]):
+        found = answers(backbone, inputs)
+    assert (expected - bare(backbone, inputs)).abs().max() > 1e-2
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    expected.square().mean().backward()
+    found.square().mean().backward()
 
 
 def recomputes_the_same(make: Make, family: str) -> None:
