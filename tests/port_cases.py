@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from cfm_train.backbone.load import Backbone
+from cfm_train.backbone.plugs import KV, Plug, Prompt
 from cfm_train.backbone.sites import AttentionSite
-from cfm_train.backbone.slots import KV, Plug, Prompt
 from tests.backbones import VOCABULARY, answers
 
 DECODERS = ("llama", "gpt2")

@@ -4,134 +4,29 @@ Every site has one slot, put there once when the backbone is loaded. A slot is a
 the site's module that read a shared *plan*. An empty slot returns nothing, so the module's own
 result goes on untouched: unplugging is exact because nothing was ever added to a weight.
 
-What a brick puts into a slot is one of five plugs:
-
-    Together out += …, all bricks in one call  (LoRA, DoRA: `bricks/bank.py`)
-    Out      out  = fn(call)                   (IA3, adapters, biases, task vectors, PEFT's layers)
-    In       x    = fn(call)                   (IA3 on the feed-forward's input)
-    KV       attention sees extra keys, values (prefix tuning, cartridges; see `attention.py`)
-    Prompt   virtual tokens before the input   (soft prompts; see `prompts.py`)
-
-Each brick of a plan carries a weight: ``None`` for every row, a number, or a tensor ``[batch]`` or
-``[batch, seq]``; with it one batch may hold another brick for every row. The plan stays in place
-until it is replaced, so that a recomputed checkpoint sees the same plan.
+What a brick puts into a slot is a plug (`plugs.py`). Each brick of a plan carries a weight:
+``None`` for every row, a number, or a tensor ``[batch]`` or ``[batch, seq]``; with it one batch may
+hold another brick for every row. The plan stays in place until it is replaced, so that a recomputed
+checkpoint sees the same plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cfm_train.backbone.attention import KVSlot, Recorded
 from cfm_train.backbone.company import refuse_company
+from cfm_train.backbone.plugs import KV, Call, In, Out, Plug, Pluggable, Prompt, Together
 from cfm_train.backbone.prompts import PromptSlot
+from cfm_train.backbone.rows import blend, put_rows, rows_of
 from cfm_train.backbone.sites import AttentionSite, Site, SiteMap
-from cfm_train.backbone.virtual import Source, Weight
+from cfm_train.backbone.virtual import Weight
 from cfm_train.errors import UserError, nearest
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-
-class Together:
-    """A plug of which all at one module run in one call before the others (`bank.LowRank`)."""
-
-    site: str
-
-    @staticmethod
-    def run(
-        sites: SiteMap,
-        module: nn.Module,
-        x: Tensor,
-        base: Tensor,
-        entries: Sequence[tuple[Any, Weight]],
-    ) -> Tensor:
-        """The module's output ``[batch, seq, out]`` with all entries applied to ``base``."""
-        raise NotImplementedError
-
-
-@dataclass(slots=True)
-class Call:
-    """What an `Out` or `In` plug sees.
-
-    Attributes:
-        site: the site.
-        module: the backbone's module (its parameters may be read, never written).
-        x: the module's input ``[batch, seq, in_features]``.
-        base: what the module itself answered, the site's part ``[batch, seq, out_features]``.
-        y: the same after the plugs before this one; None on port ``in``.
-        captured: inputs of the sites that a plug asked to see with ``reads``.
-    """
-
-    site: Site
-    module: nn.Module
-    x: Tensor
-    base: Tensor | None
-    y: Tensor | None
-    captured: Mapping[str, Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Out:
-    """Replaces a site's output by ``fn(call)``.
-
-    ``reads`` names a site whose input is kept for it; ``alone`` refuses other bricks on the same
-    rows of the site's module.
-    """
-
-    site: str
-    fn: Callable[[Call], Tensor]
-    reads: str | None = None
-    alone: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class In:
-    """Replaces a site's input by ``fn(call)``."""
-
-    site: str
-    fn: Callable[[Call], Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class KV:
-    """Extra keys and values ``[tokens, kv_heads, head_dim]`` that an attention site sees first.
-
-    Tensors, or functions that compute them anew in each pass. ``shift`` tells whether real tokens
-    move up by that many positions, as if the extra ones stood before them in the cache (what PEFT
-    does; it matters for rotary and learned positions, and never for a ``cross`` site). A relative
-    position bias takes the extra ones for tokens right before the sequence.
-    """
-
-    site: str
-    keys: Source
-    values: Source
-    shift: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """Virtual tokens ``[tokens, hidden]`` before the input embeddings of one stack (`embed` site).
-
-    A tensor, or a function that computes it anew in each pass.
-    """
-
-    site: str
-    embeddings: Source
-
-
-Plug = Together | Out | In | KV | Prompt
-
-
-class Pluggable(Protocol):
-    """What the slots need of a brick."""
-
-    def plugs(self) -> Iterable[Plug]: ...
 
 
 @dataclass(slots=True)
@@ -305,66 +200,3 @@ class Slots:
                 slot.outs.append((plug, weight))
                 if plug.reads is not None:
                     self._modules[self.sites[plug.reads].module].capture.append(plug.reads)
-
-
-def per_row(weight: Tensor, like: Tensor) -> Tensor:
-    """Shapes row weights ``[batch]`` or token weights ``[batch, seq]`` to multiply ``like``.
-
-    Generation with beams repeats every row of the batch, and some modules see ``[batch * seq, …]``:
-    rows are then repeated in place.
-    """
-    weight = weight.to(device=like.device)
-    rows = like.shape[0]
-    if weight.ndim == 2 and like.ndim == 2:
-        weight = weight.reshape(-1)
-    elif weight.ndim == 2 and weight.shape[1] != like.shape[1]:
-        raise UserError(
-            f"The plan has weights for {weight.shape[1]} tokens, but the batch has "
-            f"{like.shape[1]}: plug the bricks again, for another length or to generate with one "
-            "weight for each row."
-        )
-    if weight.shape[0] != rows:
-        if rows % weight.shape[0]:
-            raise UserError(
-                f"The plan has weights for {weight.shape[0]} rows, but the batch has {rows}: plug "
-                "the bricks again with one weight for each row."
-            )
-        weight = weight.repeat_interleave(rows // weight.shape[0], dim=0)
-    return weight.reshape(weight.shape + (1,) * (like.ndim - weight.ndim))
-
-
-def blend(old: Tensor, new: Tensor, weight: Weight) -> Tensor:
-    """``old + weight * (new - old)``; rows of weight 0 and 1 are ``old`` and ``new`` to the bit."""
-    if weight is None:
-        return new
-    if isinstance(weight, (int, float)):
-        return new if weight == 1 else old if weight == 0 else old + weight * (new - old)
-    w = per_row(weight, old)
-    mixed = old + w.to(old.dtype) * (new - old)
-    return torch.where(w == 0, old, torch.where(w == 1, new, mixed))
-
-
-def row_index(site: Site, device: torch.device) -> Tensor:
-    """The output features ``[out_features]`` of the module that are this site, int64."""
-    assert site.rows is not None
-    return torch.cat([torch.arange(a, b, device=device) for a, b in site.rows])
-
-
-def rows_of(y: Tensor, site: Site) -> Tensor:
-    """The site's part of its module's output."""
-    if site.rows is None:
-        return y
-    if len(site.rows) == 1:
-        start, stop = site.rows[0]
-        return y[..., start:stop]
-    return y.index_select(-1, row_index(site, y.device))
-
-
-def put_rows(y: Tensor, part: Tensor, site: Site) -> Tensor:
-    """``y`` with the site's part replaced: a new tensor, so that autograd sees no write."""
-    if site.rows is None:
-        return part
-    if len(site.rows) == 1:
-        start, stop = site.rows[0]
-        return torch.cat([y[..., :start], part, y[..., stop:]], dim=-1)
-    return y.index_copy(-1, row_index(site, y.device), part)

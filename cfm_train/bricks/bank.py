@@ -23,8 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cfm_train.backbone.plugs import Together
+from cfm_train.backbone.rows import blend, per_row, put_rows, row_index, rows_of
 from cfm_train.backbone.sites import Site, SiteMap
-from cfm_train.backbone.slots import Together, Weight, blend, per_row, put_rows, row_index, rows_of
+from cfm_train.backbone.virtual import Weight
 
 
 @dataclass(frozen=True, slots=True)

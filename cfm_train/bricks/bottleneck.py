@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cfm_train.backbone.slots import Call, Out
+from cfm_train.backbone.plugs import Call, Out
 from cfm_train.bricks.brick import Brick, linear_sites, parameter_name
 from cfm_train.config.types import Positive, Rate
 

@@ -23,8 +23,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from cfm_train.backbone.plugs import Plug
 from cfm_train.backbone.sites import Site
-from cfm_train.backbone.slots import Plug
 from cfm_train.bricks.heads import Head, Heads
 from cfm_train.errors import UserError
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cfm_train.backbone.plugs import Call, Out
 from cfm_train.backbone.sites import Site
-from cfm_train.backbone.slots import Call, Out
 from cfm_train.bricks.bank import bias_of, weight_of
 from cfm_train.bricks.brick import LINEAR, Brick, parameter_name, some
 from cfm_train.bricks.peft_modules import overlap

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Self
 
-from cfm_train.backbone.slots import Plug
+from cfm_train.backbone.plugs import Plug
 from cfm_train.bricks.brick import Brick
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from cfm_train.backbone.slots import Call, Out
+from cfm_train.backbone.plugs import Call, Out
 from cfm_train.bricks.brick import LINEAR
 from cfm_train.bricks.peft_budget import RankBudget
 from cfm_train.bricks.peft_tree import Offset, keep_layers, twin_tree

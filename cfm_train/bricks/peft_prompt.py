@@ -15,7 +15,7 @@ import torch
 from peft import PromptEncoder, PromptEncoderConfig
 from torch import Tensor, nn
 
-from cfm_train.backbone.slots import Prompt
+from cfm_train.backbone.plugs import Prompt
 from cfm_train.bricks.peft_layers import peft_speaks
 from cfm_train.errors import UserError
 

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from cfm_train.backbone.slots import Call, Out
+from cfm_train.backbone.plugs import Call, Out
 from cfm_train.bricks.brick import NATIVE_FILE, Brick, Derived, parameter_name
 from cfm_train.bricks.demonstrations import (
     Context,

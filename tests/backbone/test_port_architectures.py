@@ -10,8 +10,9 @@ import transformers as tf
 from torch import Tensor
 
 from cfm_train.backbone.attention import NAME
+from cfm_train.backbone.plugs import KV, Prompt
 from cfm_train.backbone.sites import find_sites
-from cfm_train.backbone.slots import KV, Prompt, Slots
+from cfm_train.backbone.slots import Slots
 from cfm_train.errors import UserError
 from tests.backbones import VOCABULARY
 from tests.port_cases import CLOSE, Plugs, tokens

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cfm_train.backbone.masks import texts_apart, with_virtual
-from cfm_train.backbone.slots import KV, Prompt
+from cfm_train.backbone.plugs import KV, Prompt
 from cfm_train.backbone.virtual import lay_out
 from cfm_train.errors import UserError
 from tests.backbones import FAMILIES, answers, bare, batch, plain_model, tiny
