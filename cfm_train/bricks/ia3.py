@@ -20,19 +20,19 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from cfm_train.backbone.plugs import Call, In, Out
 from cfm_train.backbone.sites import Site
-from cfm_train.backbone.slots import Call, In, Out
 from cfm_train.bricks.brick import Brick, json_bytes, linear_sites, parameter_name, some
 from cfm_train.bricks.peft_modules import (
     PREFIX,
     TASK_TYPES,
-    check_keys,
     find_site,
     overlap,
     rows_in,
 )
 from cfm_train.errors import UserError
-from cfm_train.library.peft_format import COMPUTED, CONFIG_FILE, TENSOR_FILE, aside_tensors
+from cfm_train.library.peft_checks import check_computed
+from cfm_train.library.peft_format import CONFIG_FILE, TENSOR_FILE, aside_tensors
 
 if TYPE_CHECKING:
     from cfm_train.backbone.load import Backbone
@@ -153,7 +153,7 @@ class IA3(Brick):
             UserError: a feature we do not compute, a tensor without a site, a shape that differs.
         """
         config = json.loads(files[CONFIG_FILE])
-        check_keys(config, COMPUTED["ia3"], "ia3", backbone)
+        check_computed("ia3", config, f"for '{backbone.id}'")
         brick = cls(**(interface.get("hyper") or {"sites": [], "inputs": [], "layers": None}))
         brick.know(backbone)
         tensors = load(files[TENSOR_FILE])

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from cfm_train.bricks.peft_modules import TASK_TYPES, find_site, pattern_value, rows_in
 from cfm_train.errors import UserError
-from cfm_train.library.peft_format import CONFIG_FILE, TENSOR_FILE, aside_tensors, check_lora
+from cfm_train.library.peft_checks import check_computed
+from cfm_train.library.peft_format import CONFIG_FILE, TENSOR_FILE, aside_tensors
 
 if TYPE_CHECKING:
     from cfm_train.backbone.load import Backbone
@@ -43,7 +44,7 @@ def from_peft(
         UserError: a feature we do not compute, a tensor without a site, or a shape that differs.
     """
     config = json.loads(files[CONFIG_FILE])
-    check_lora(config, f"for '{backbone.id}'")
+    check_computed("lora", config, f"for '{backbone.id}'")
     brick = brick_class(**(interface.get("hyper") or _hyper(config)))
     brick.task_type = TASK_TYPES[backbone.family]
     slices = interface.get("slices") or {}

@@ -18,7 +18,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load, save
 from torch import Tensor
 
-from cfm_train.backbone.slots import Plug
+from cfm_train.backbone.plugs import Plug
 from cfm_train.bricks.brick import LINEAR, Brick, json_bytes
 from cfm_train.bricks.peft_layers import Layers, peft_speaks, sites_by_module
 from cfm_train.bricks.peft_modules import PREFIX, TASK_TYPES

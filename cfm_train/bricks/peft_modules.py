@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cfm_train.backbone.slots import row_index
+from cfm_train.backbone.rows import row_index
 from cfm_train.bricks.brick import LINEAR
 from cfm_train.errors import UserError
-from cfm_train.library.peft_format import DESCRIPTIVE
 
 if TYPE_CHECKING:
     from cfm_train.backbone.load import Backbone
@@ -71,29 +70,6 @@ def pattern_value(patterns: Mapping[str, Any] | None, module: str, default: Any)
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return default
-
-
-def check_keys(
-    config: Mapping[str, Any], understood: frozenset[str], kind: str, backbone: Backbone
-) -> None:
-    """Refuses what an adapter config asks for and a kind does not compute.
-
-    Args:
-        config: the content of ``adapter_config.json``.
-        understood: the keys that the kind computes, or that decide nothing after training.
-        kind: the brick kind, for the sentence.
-        backbone: where the adapter is to be plugged in, for the sentence.
-
-    Raises:
-        UserError: naming the feature.
-    """
-    for key, value in config.items():
-        empty = value is None or value is False or value in ({}, [], "")  # a zero is a value
-        if not empty and key not in understood | DESCRIPTIVE:
-            raise UserError(
-                f"The adapter for '{backbone.id}' uses '{key}' ({str(value)[:60]}), which a brick "
-                f"of kind {kind} does not compute: add it with --kind peft, to run it through PEFT."
-            )
 
 
 def rows_in(site: Site, width: int) -> Tensor:

@@ -17,7 +17,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from cfm_train.errors import UserError, nearest
 from cfm_train.library.peft_catalogue import config_fields
-from cfm_train.library.peft_format import DESCRIPTIVE, HARMLESS_INIT
+from cfm_train.library.peft_checks import DESCRIPTIVE, HARMLESS_INIT
 
 #: Tuners that are kinds of our own, which train faster and share a forward with others.
 OURS = {"lora": "lora", "ia3": "ia3"}

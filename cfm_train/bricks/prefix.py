@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import load
 from torch import Tensor, nn
 
+from cfm_train.backbone.plugs import KV
 from cfm_train.backbone.sites import AttentionSite
-from cfm_train.backbone.slots import KV
 from cfm_train.bricks import prefix_files
 from cfm_train.bricks.brick import NATIVE_FILE, Brick, parameter_name
 from cfm_train.bricks.prompt_files import start_ids

@@ -107,7 +107,7 @@ def read_states(files: Mapping[str, bytes], backbone: Backbone) -> dict[str, Sta
     Raises:
         UserError: another kind of adapter, or one for a model of another shape.
     """
-    config, flat = prompt_files.read_adapter(files, "PREFIX_TUNING", "prefix", backbone)
+    config, flat = prompt_files.read_adapter(files, "prefix", backbone)
     layout = peft_layout(backbone)
     wanted = None if layout is None else 2 * len(layout.sites) * layout.heads * layout.width
     if layout is None or flat.shape[1] != wanted or config["num_layers"] != len(layout.sites):

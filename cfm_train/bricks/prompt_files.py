@@ -15,9 +15,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from cfm_train.bricks.brick import json_bytes
-from cfm_train.bricks.peft_modules import TASK_TYPES, check_keys
+from cfm_train.bricks.peft_modules import TASK_TYPES
 from cfm_train.errors import UserError
-from cfm_train.library.peft_format import COMPUTED, CONFIG_FILE, TENSOR_FILE, aside_tensors
+from cfm_train.library.peft_checks import check_computed
+from cfm_train.library.peft_format import CONFIG_FILE, TENSOR_FILE, aside_tensors
 
 if TYPE_CHECKING:
     from cfm_train.backbone.load import Backbone
@@ -53,7 +54,7 @@ def write(
 
 
 def read_adapter(
-    files: Mapping[str, bytes], peft_type: str, kind: str, backbone: Backbone
+    files: Mapping[str, bytes], kind: str, backbone: Backbone
 ) -> tuple[dict[str, Any], Tensor]:
     """Config and embeddings ``[tokens, width]`` float32 of a prompt adapter.
 
@@ -62,17 +63,12 @@ def read_adapter(
             missing or has another number of tokens than the config tells.
     """
     config = json.loads(files[CONFIG_FILE])
-    if config.get("peft_type") != peft_type:
-        raise UserError(
-            f"The adapter is a {config.get('peft_type')}, but a brick of kind {kind} is read from "
-            f"a {peft_type}: add it under its own kind."
-        )
-    check_keys(config, COMPUTED[kind], kind, backbone)
+    check_computed(kind, config, f"for '{backbone.id}'")
     tensors = load(files[TENSOR_FILE])
     extra = tensors.keys() - {TENSOR} - set(aside_tensors(config, tensors))
     if TENSOR not in tensors or extra:
         what = f"misses '{TENSOR}'" if TENSOR not in tensors else f"holds '{min(extra)}'"
-        raise UserError(f"The adapter {what}: it is no {peft_type} as PEFT saves it.")
+        raise UserError(f"The adapter {what}: it is no {kind} as PEFT saves it.")
     embeddings, count = tensors[TENSOR].float(), config["num_virtual_tokens"]
     # A prompt for two stacks has the encoder's part first; PEFT's encoder-decoders use that alone.
     if len(embeddings) not in (count, count * (config.get("num_transformer_submodules") or 1)):

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from cfm_train.backbone.plugs import Prompt
 from cfm_train.backbone.sites import AttentionSite
-from cfm_train.backbone.slots import Prompt
 from cfm_train.bricks import prompt_files
 from cfm_train.bricks.brick import Brick
 from cfm_train.config.types import Positive, Text
@@ -96,7 +96,7 @@ class SoftPrompt(Brick):
         Raises:
             UserError: another kind of adapter, or embeddings of another width.
         """
-        _, embeddings = prompt_files.read_adapter(files, "PROMPT_TUNING", cls.kind, backbone)
+        _, embeddings = prompt_files.read_adapter(files, cls.kind, backbone)
         plain = {"tokens": len(embeddings), "init": "vocabulary", "text": None}
         brick = cls(**(interface.get("hyper") or plain))
         brick.know(backbone)

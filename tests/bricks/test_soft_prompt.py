@@ -110,7 +110,7 @@ def test_foreign_files_are_refused_with_a_sentence() -> None:
     interface, files = brick.interface(), brick.files()
     config = json.loads(files["adapter_config.json"])
     for changed, sentence in (
-        ({"peft_type": "P_TUNING"}, "read from a PROMPT_TUNING"),
+        ({"peft_type": "P_TUNING"}, "is P_TUNING, not PROMPT_TUNING"),
         ({"num_virtual_tokens": 3}, "tells 3 virtual tokens"),
         ({"encoder_dropout": 0.5}, "uses 'encoder_dropout'"),
     ):

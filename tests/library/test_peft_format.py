@@ -25,8 +25,8 @@ from cfm_train.errors import UserError
 from cfm_train.library.__main__ import main
 from cfm_train.library.folders import export
 from cfm_train.library.peft_catalogue import config_keys
+from cfm_train.library.peft_checks import KINDS
 from cfm_train.library.peft_format import (
-    KINDS,
     aside_tensors,
     function_of,
     read_config,
@@ -252,7 +252,7 @@ def test_features_that_a_lora_brick_does_not_compute_are_refused(plain, tmp_path
 
 def test_every_key_of_lora_is_either_computed_or_refused(plain, tmp_path):
     """A key that PEFT adds some day is in neither list, and so is refused when it is used."""
-    from cfm_train.library.peft_format import COMPUTED, DESCRIPTIVE
+    from cfm_train.library.peft_checks import COMPUTED, DESCRIPTIVE
 
     defaults = read_config(plain)
     for key in config_keys()["LORA"] - COMPUTED["lora"] - DESCRIPTIVE:
