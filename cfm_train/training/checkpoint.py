@@ -3,7 +3,8 @@
 Lightning's own save goes through the system's temporary folder and is not atomic across file
 systems; ours writes beside the target, flushes to disk and renames. A checkpoint is taken after
 the optimiser step and after the validation that belongs to it, so a resumed run neither repeats
-nor skips one.
+nor skips one. Where SIGTERM breaks a validation off, the state is that of the step before, with a
+note that its validation is still to come: the resumed run begins with it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.io import CheckpointIO
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from cfm_train.bricks.brick import Brick
 
@@ -108,6 +110,7 @@ class ExactCheckpoint(Callback):
         self.best: float | None = None
         self.best_step = 0
         self._due = False
+        self._broken_off = False
 
     def setup(self, trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> None:
         """Sweeps away what a kill in the middle of a write left (the run's lock is ours)."""
@@ -160,8 +163,30 @@ class ExactCheckpoint(Callback):
                 save_atomically(
                     {k: v.detach().cpu() for k, v in brick.state_dict().items()}, self.folder / BEST
                 )
-        if self._due:
+        if self._due or trainer.received_sigterm:
             self._save(trainer)
+
+    def on_exception(
+        self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Saves the step before a validation that SIGTERM broke off.
+
+        Not that of the last step: with no step left Lightning would not come back to its
+        validation, so the checkpoint before it stands.
+        """
+        left = trainer.global_step < trainer.max_steps
+        if isinstance(exception, SIGTERMException) and trainer.validating and left:
+            self._broken_off = True
+            self._save(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Notes a validation that was broken off as one that has begun with no batch done."""
+        if self._broken_off:
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+            none: dict[str, Any] = dict.fromkeys(("ready", "started", "processed", "completed"), 0)
+            progress.update(total={**none, "ready": 1, "started": 1}, current=none)
 
     def load_best(self, brick: Brick) -> int:
         """Puts the best brick's tensors back and returns its step (0: none was kept)."""

@@ -149,7 +149,7 @@ def fit(
                 ckpt_path=str(checkpoint.last_path) if position.step else None,
                 weights_only=True,
             )
-        except SIGTERMException:  # saved after this step, or before the validation that it hit
+        except SIGTERMException:  # saved as of this step
             raise SystemExit(128 + signal.SIGTERM) from None
         steps = trainer.global_step
     else:  # killed after the last step: nothing is left to train

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import Callback
 
 from cfm_train.data.encode import TaskData
 from cfm_train.tracking.wandb_run import WandbRun
@@ -83,6 +87,56 @@ def test_resume_is_exact(kind: str, tmp_path: Path) -> None:
     for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
         assert same(a[key], b[key]), key
     assert a["optimizer_states"][0]["state"], "the optimiser has its moments"
+
+
+class Terminate(Callback):
+    """Sends this process SIGTERM after a batch of the validation that belongs to a step."""
+
+    def __init__(self, step: int, batch: int) -> None:
+        self.at = (step, batch)
+        self.batches = 0
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Counts the batches on the way."""
+        self.batches += 1
+        if (trainer.global_step, batch_idx) == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("every", [4, 1000], ids=["due", "not due"])
+@pytest.mark.parametrize("batch", [0, 1, 2])
+def test_sigterm_in_a_validation_loses_no_step(batch: int, every: int, tmp_path: Path) -> None:
+    """At its first batch, in its midst, at its last: the same metrics, brick and early stopping."""
+    backbone = tiny("llama")
+    data = tasks(backbone)
+    options = {**OPTIONS, "checkpoint_every": every, "tokens_per_batch": 12, "patience": 9}
+    whole, watch = new_brick(backbone, data, "lora", dropout=0.1), Terminate(-1, -1)
+    kept = train(backbone, whole, data, tmp_path / "whole", callbacks=[watch], **options)
+    assert watch.batches == 2 * 3, "three batches in each validation"
+    with pytest.raises(SystemExit) as caught:
+        train(
+            backbone,
+            new_brick(backbone, data, "lora", dropout=0.1),
+            data,
+            tmp_path / "broken",
+            callbacks=[Terminate(4, batch)],
+            **options,
+        )
+    assert caught.value.code == 143
+    assert read_position(tmp_path / "broken" / "checkpoints").step == 4
+    validated = [r["step"] for r in rows(tmp_path / "broken") if "validation/loss" in r]
+    assert validated == ([4] if batch == 2 else []), "one that is at its end is not broken off"
+    again, rest = new_brick(backbone, data, "lora", seed=1, dropout=0.1), Terminate(-1, -1)
+    fitted = train(backbone, again, data, tmp_path / "broken", callbacks=[rest], **options)
+    assert rest.batches == (3 if batch == 2 else 6), "all of the validation, from its start"
+    assert rows(tmp_path / "broken") == rows(tmp_path / "whole")
+    assert same(dict(again.state_dict()), dict(whole.state_dict()))
+    assert fitted.best_step == kept.best_step and fitted.rows == kept.rows
+    a, b = states(tmp_path / "broken"), states(tmp_path / "whole")
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "callbacks"):
+        assert same(a[key], b[key]), key
 
 
 def test_a_checkpoint_holds_the_brick_alone(tmp_path: Path) -> None:
