@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import sys
-import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from cfm_train.config.compose import as_yaml, compose
 from cfm_train.config.hashing import code_version, config_hash
 from cfm_train.config.validate import validate
 from cfm_train.errors import UserError
+from cfm_train.launch.clock import Clock
 
 #: What must be free before a run starts; an operation that needs more checks that itself.
 FREE_BYTES = 64 * 2**20
@@ -183,25 +183,26 @@ def _folder(job: Job) -> Iterator[None]:
 def _run(job: Job) -> dict[str, Any]:
     """Runs the operation in its folder, and writes the record whatever happens."""
     fresh = not _begun(job.folder)
-    started = time.monotonic()
-    try:
-        (job.folder / "config.yaml").write_text(as_yaml(job.config), encoding="utf-8")
-        found = operation_of(job.config).run(job.config, job.inputs, job.folder)
-        return _finish(job, found, time.monotonic() - started)
-    except UserError as error:
-        if fresh and not _begun(job.folder):
-            shutil.rmtree(job.folder, ignore_errors=True)
+    with Clock(job.folder, goes_on=not fresh) as clock:
+        try:
+            (job.folder / "config.yaml").write_text(as_yaml(job.config), encoding="utf-8")
+            found = operation_of(job.config).run(job.config, job.inputs, job.folder)
+            return _finish(job, found, clock.seconds())
+        except UserError as error:
+            if fresh and not _begun(job.folder):
+                clock.stop()
+                shutil.rmtree(job.folder, ignore_errors=True)
+                raise
+            _fail(job, error, clock.seconds())
+            raise RunFailed(str(error)) from error
+        except SystemExit as ended:
+            if isinstance(ended.__context__, KeyboardInterrupt):  # Lightning makes an exit of it
+                raise KeyboardInterrupt from None
             raise
-        _fail(job, error, time.monotonic() - started)
-        raise RunFailed(str(error)) from error
-    except SystemExit as ended:
-        if isinstance(ended.__context__, KeyboardInterrupt):  # Lightning makes an exit of Ctrl-C
-            raise KeyboardInterrupt from None
-        raise
-    except Exception as error:
-        _fail(job, error, time.monotonic() - started)
-        kind = "" if isinstance(error, RunFailed) else f"{type(error).__name__}: "
-        raise RunFailed(f"{kind}{_first_line(error)}") from error
+        except Exception as error:
+            _fail(job, error, clock.seconds())
+            kind = "" if isinstance(error, RunFailed) else f"{type(error).__name__}: "
+            raise RunFailed(f"{kind}{_first_line(error)}") from error
 
 
 def _begun(folder: Path) -> bool:

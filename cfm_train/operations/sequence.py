@@ -78,6 +78,8 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
             for name, value in record["checks"].items()
         },
         "cost": {
+            # Those of the steps, so that steps which an earlier start had finished count as well.
+            "seconds": sum(r["cost"]["seconds"] for r in parts),
             "train_seconds": sum(r["cost"]["train_seconds"] or 0 for r in parts),
             "peak_memory_bytes": max(r["cost"]["peak_memory_bytes"] or 0 for r in parts),
         },

@@ -73,7 +73,11 @@ class Backbone(TypedDict):
 
 @with_config(_STRICT)
 class Cost(TypedDict):
-    """What the run took; a figure that an operation lacks is null (a merge trains nothing)."""
+    """What the run took; a figure that an operation lacks is null (a merge trains nothing).
+
+    ``seconds`` is wall time, ``train_seconds`` that of the training loop without validation; of a
+    run that was taken up again, both count all of its sessions.
+    """
 
     seconds: float
     train_seconds: float | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -17,8 +18,18 @@ from filelock import FileLock
 from cfm_train import paths
 from cfm_train.config.compose import compose
 from cfm_train.config.validate import validate
-from cfm_train.launch import job
+from cfm_train.launch import clock, job
+from cfm_train.launch.clock import Clock
 from tests.launch.conftest import SHORT, Command
+
+#: A run whose clock beats often.
+KILLED = """
+import sys
+from cfm_train.launch import clock
+from cfm_train.launch.cli import main
+clock.BEAT = 0.05
+main(sys.argv[1:])
+"""
 
 
 def below(folder: Path) -> list[str]:
@@ -47,6 +58,43 @@ def test_a_run_and_the_same_command_again(command: Command, tmp_path: Path) -> N
     assert "This run was finished before" in again.out
     assert all(key in again.out for key in record["metrics"])
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_the_time_of_a_run_is_that_of_all_its_sessions(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed session counts up to its last beat; a new start from nothing begins at zero."""
+    monkeypatch.setattr(clock, "BEAT", 0.05)
+    killed = [sys.executable, "-c", KILLED, *SHORT, "trainer.max_steps=100000"]
+    env = {**os.environ, "PYTHONPATH": str(paths.PACKAGE.parent)}
+    process = subprocess.Popen(killed, cwd=tmp_path, env=env, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("outputs/runs/*/*/checkpoints/last.ckpt")):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.kill()
+    process.wait()
+    (folder,) = tmp_path.glob("outputs/runs/*/*")
+    first = json.loads((folder / "seconds.json").read_text())["seconds"]
+    assert first > 0.5
+
+    with Clock(folder, goes_on=True) as again:
+        time.sleep(0.2)
+        total = again.seconds()
+    assert first + 0.2 <= total < first + 5
+    assert first + 0.2 <= json.loads((folder / "seconds.json").read_text())["seconds"]
+    (folder / "seconds.json").write_text("{")
+    assert Clock(folder, goes_on=True).seconds() < 1
+    assert Clock(folder, goes_on=False).seconds() < 1
+
+    (folder / "seconds.json").write_text('{"seconds": 1000.0}')
+    monkeypatch.setattr(job, "_begun", lambda folder: True)
+    resumed = command("seed=2")
+    assert resumed.record["cost"]["seconds"] < 1000, "another run, another clock"
+    (resumed.folder / "record.json").unlink()
+    (resumed.folder / "seconds.json").write_text('{"seconds": 1000.0}')
+    assert 1000 < command("seed=2").record["cost"]["seconds"] < 1120
 
 
 def test_a_record_that_cannot_be_read_is_written_anew(command: Command) -> None:
