@@ -234,4 +234,6 @@ def test_writing_over_the_input(here: Path, capsys: pytest.CaptureFixture[str]) 
     stored_brick()
     before = snapshot(here)
     assert main(["recipe=predict", "bricks=[kept]", "data.input=a.jsonl", "out=a.jsonl"]) == 2
+    assert main(["recipe=predict", "bricks=[kept]", "data.input=a.jsonl", "out=a.xlsx"]) == 2
+    assert "end it in one of .jsonl, .csv, .parquet" in capsys.readouterr().err
     assert snapshot(here) == before

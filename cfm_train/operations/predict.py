@@ -1,13 +1,13 @@
-"""Answer the rows of a file with a brick: one JSON line for each, in the file's order."""
+"""Answer the rows of a file with a brick: one answer for each, in the file's order."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cfm_train.data.answers import check_suffix
 from cfm_train.data.rows import Row
 from cfm_train.data.sources import fingerprint, read_inputs
 from cfm_train.data.tasks import GENERATIVE, TaskSpec, make_spec
@@ -53,6 +53,8 @@ def check(config: dict[str, Any]) -> Inputs:
         UserError: the first thing that is wrong.
     """
     resolve_mode(config["tracking"]["mode"])
+    out = Path(config["out"]).expanduser()
+    check_suffix(out)
     selection = select(config)
     if len(selection.trees) > 1:
         raise UserError("predict answers with one brick: name one, or merge them first.")
@@ -71,7 +73,6 @@ def check(config: dict[str, Any]) -> Inputs:
     if config["data"]["text"] is not None:
         section["text"] = config["data"]["text"]
     rows = read_inputs(config["data"]["input"], section)
-    out = Path(config["out"]).expanduser()
     if not out.parent.is_dir():
         raise UserError(f"out: there is no folder {out.parent}; make it, or write elsewhere.")
     if out.exists() and out.samefile(Path(config["data"]["input"]).expanduser()):
@@ -85,6 +86,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     import time
 
     from cfm_train.configuration.apply import assemble
+    from cfm_train.data.answers import encoded as encoded_answers
     from cfm_train.data.encode import encode_rows
     from cfm_train.operations.evaluate import brick_entry
     from cfm_train.operations.setting import open_backbone, unchanged
@@ -109,8 +111,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     with backbone.slots.plugged([brick]):
         answers = list(_answers(backbone, brick, spec, encoded, len(inputs.rows)))
     seconds = time.perf_counter() - started
-    lines = [json.dumps(answer, ensure_ascii=False) for answer in answers]
-    replace_file(inputs.out, ("\n".join(lines) + "\n").encode())
+    replace_file(inputs.out, encoded_answers(answers, inputs.out))
     same = unchanged(backbone, before, selection.backbone)
     card = selection.card_of(selection.trees[0])
     print(f"{len(answers)} answers: {inputs.out}")

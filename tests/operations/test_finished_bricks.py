@@ -7,6 +7,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
 from cfm_train.launch.cli import main
@@ -64,6 +66,24 @@ def train(run: Any, task: str, name: str, *more: str) -> dict[str, Any]:
     return record  # type: ignore[no-any-return]
 
 
+def read_answers(path: Path) -> list[dict[str, Any]]:
+    """The answers in a CSV or Parquet file as pandas reads them, in the shape of JSON lines."""
+    if path.suffix == ".parquet":
+        return pq.read_table(path).to_pylist()  # type: ignore[no-any-return]
+    frame = pd.read_csv(path, keep_default_na=False, float_precision="round_trip")
+    found: list[dict[str, Any]] = []
+    for cells in frame.to_dict("records"):
+        value = cells.pop("prediction")
+        listed = isinstance(value, str) and value.startswith("[")
+        answer = {"prediction": json.loads(value) if listed else value}
+        if cells:
+            answer["probabilities"] = {
+                key.removeprefix("probability of "): share for key, share in cells.items()
+            }
+        found.append(answer)
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task", list(TYPES))
 def test_answers_are_those_that_were_judged(task: str, run: Any) -> None:
@@ -73,7 +93,8 @@ def test_answers_are_those_that_were_judged(task: str, run: Any) -> None:
     trained = train(run, task, name)
     run("recipe=predict", f"bricks=[{name}]", f"data.input={task}.test.jsonl", "out=y.jsonl",
         "tracking=disabled")  # fmt: skip
-    said = [json.loads(line)["prediction"] for line in Path("y.jsonl").read_text().splitlines()]
+    answers = [json.loads(line) for line in Path("y.jsonl").read_text().splitlines()]
+    said = [answer["prediction"] for answer in answers]
     right = [row["label"] for row in rows]
     metrics = {key.split("/")[1]: value["value"] for key, value in trained["metrics"].items()}
     assert len(said) == len(right)
@@ -93,6 +114,10 @@ def test_answers_are_those_that_were_judged(task: str, run: Any) -> None:
         ]
         share = sum(a == b for a, b in pairs) / len(pairs)
         assert metrics["token_accuracy"] == pytest.approx(share)
+    for ending in ("csv", "parquet"):
+        run("recipe=predict", f"bricks=[{name}]", f"data.input={task}.test.jsonl",
+            f"out=y.{ending}", "tracking=disabled")  # fmt: skip
+        assert read_answers(Path(f"y.{ending}")) == answers
     evaluated, out = run(
         "recipe=evaluate/tasks", f"bricks=[{name}]", "evaluation.bootstrap=20", "tracking=disabled"
     )
