@@ -1,5 +1,8 @@
 """Rows of a local file, one at a time, each with its line: JSONL, JSON, CSV, TSV, Parquet, text.
 
+A CSV file may also have semicolons, tabs or bars between its cells, as spreadsheets write it where
+the comma is for decimals: its header tells.
+
 Nothing is judged here but the form: a row that cannot be read comes out with its ``problem`` and
 the reader goes on, so that the caller decides whether a bad row stops the run.
 """
@@ -9,6 +12,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import itertools
 import json
 import zlib
 from collections.abc import Iterator
@@ -17,6 +21,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from cfm_train.errors import UserError
+
+#: What may stand between the cells of a CSV file, besides the comma.
+OTHER_DELIMITERS = ";\t|"
 
 #: Endings that are understood, each also with ``.gz`` behind it (Parquet compresses by itself).
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
@@ -85,7 +92,7 @@ def read_file(path: Path, *, key: str, unit: str = "line") -> Iterator[Raw]:
             elif kind == ".txt":
                 yield from _text(path, stream, unit)
             else:
-                yield from _table(path, stream, "\t" if kind == ".tsv" else ",")
+                yield from _table(path, stream, "\t" if kind == ".tsv" else None)
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise UserError(
             f"{key}: {path}: the gzip file is damaged ({error}); copy it again."
@@ -156,11 +163,36 @@ def _json_array(path: Path, stream: IO[bytes]) -> Iterator[Raw]:
         yield _row(f"{path}:{number}", value)
 
 
-def _table(path: Path, stream: IO[bytes], delimiter: str) -> Iterator[Raw]:
+def _delimiter(path: Path, header: str) -> str:
+    """What stands between the cells: the comma, unless the header has none and one of the others.
+
+    A header is short and seldom has quotes, so it tells more surely than statistics over texts
+    full of punctuation.
+
+    Raises:
+        UserError: several of the others could be meant.
+    """
+    if len(next(csv.reader([header]), [])) > 1:
+        return ","
+    others = [c for c in OTHER_DELIMITERS if len(next(csv.reader([header], delimiter=c), [])) > 1]
+    if len(others) > 1:
+        raise UserError(
+            f"{path}: its header has no comma, but {' and '.join(map(repr, others))}, so what "
+            "stands between the cells cannot be told: save it with commas, or as .tsv or .jsonl."
+        )
+    return others[0] if others else ","
+
+
+def _table(path: Path, stream: IO[bytes], delimiter: str | None) -> Iterator[Raw]:
+    """Rows of a table; without a delimiter its header tells which."""
     # A quoted cell may hold line breaks, so the csv reader must see the text with them.
     with io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
         csv.field_size_limit(2**31 - 1)
-        reader = csv.DictReader(text, delimiter=delimiter, strict=True)
+        header = text.readline()
+        if delimiter is None:
+            delimiter = _delimiter(path, header)
+        lines = itertools.chain([header], text)
+        reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
         start = reader.line_num
         while True:
             try:

@@ -91,6 +91,37 @@ def test_a_bad_row_is_told_and_passed_over(tmp_path: Path) -> None:
     assert "fewer cells" in (raws[1].problem or "") and "more cells" in (raws[2].problem or "")
 
 
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_the_header_of_a_csv_file_says_what_is_between_its_cells(
+    delimiter: str, tmp_path: Path
+) -> None:
+    """Whatever the texts hold, quotes and line breaks included; and lines are counted as ever."""
+    texts = ["a; b, c | d", "one\ntwo; three", "x\ty", 'he said "no"', "", "plain"]
+    path = tmp_path / "rows.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, delimiter=delimiter)
+        writer.writerow(["text", "long, name" if delimiter == "," else "label"])
+        writer.writerows([text, "1,5"] for text in texts)
+    found = list(read_file(path, key="data.train"))
+    assert [raw.values and list(raw.values.values()) for raw in found] == [
+        [text, "1,5"] for text in texts
+    ]
+    assert [raw.at.rsplit(":", 1)[1] for raw in found] == ["2", "3", "5", "6", "7", "8"]
+
+
+def test_one_column_and_a_header_that_tells_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text\na;b\n")
+    assert values(path) == [{"text": "a;b"}]
+    path.write_text('"text;label"\nx\n')
+    assert values(path) == [{"text;label": "x"}]
+    path.write_text("text;label|note\na;b|c\n")
+    with pytest.raises(UserError, match="cannot be told: save it with commas, or as"):
+        values(path)
+    path.write_text("")
+    assert values(path) == []
+
+
 def test_text_files_by_line_paragraph_and_file(tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
     path.write_text("one\ntwo\n\n\nthree\n")
