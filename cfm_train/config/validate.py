@@ -18,6 +18,23 @@ from cfm_train.errors import UserError, nearest
 
 MISSING = "???"
 
+#: What keys are called elsewhere -> what they are called here.
+CALLED = {
+    "lr": "brick.learning_rate",
+    "batch_size": "trainer.rows_per_batch",
+    "per_device_train_batch_size": "trainer.rows_per_batch",
+    "gradient_accumulation_steps": "trainer.accumulate",
+    "num_train_epochs": "trainer.epochs",
+    "max_epochs": "trainer.epochs",
+    "warmup_ratio": "trainer.warmup",
+    "gradient_clip_val": "trainer.clip",
+    "max_grad_norm": "trainer.clip",
+    "r": "brick.rank",
+    "lora_alpha": "brick.alpha",
+    "lora_dropout": "brick.dropout",
+    "target_modules": "brick.sites",
+}
+
 
 def validate(config: Mapping[str, Any], *, missing_allowed: bool = False) -> dict[str, Any]:
     """Checks a composed config.
@@ -140,6 +157,9 @@ def _path(config: Any, location: tuple[int | str, ...]) -> list[str]:
 
 def _unknown(config: Mapping[str, Any], model: type[schema.Run], path: list[str]) -> str:
     key, operation = ".".join(path), config["operation"]
+    known = CALLED.get(path[-1])
+    if known in dict(leaves(config)) and path[0] in ("trainer", "brick", path[-1]):
+        return f"{key} is no key of this run: it is called {known} here."
     if len(path) == 1:
         owners = [
             name for name, other in schema.OPERATIONS.items() if path[0] in other.model_fields

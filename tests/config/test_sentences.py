@@ -49,6 +49,11 @@ WRONG = {
         *TRAIN,
         "data.hub_splits.tst=x",
     ): "data.hub_splits.tst is no key of data.hub_splits. Did you mean 'data.hub_splits.test'?",
+    (*TRAIN, "trainer.lr=1e-3"): (
+        "trainer.lr is no key of this run: it is called brick.learning_rate here."
+    ),
+    (*TRAIN, "lr=1e-3"): "lr is no key of this run: it is called brick.learning_rate here.",
+    (*TRAIN, "brick.r=4"): "brick.r is no key of this run: it is called brick.rank here.",
     (*TRAIN, "weights=[1,2]"): "weights is a key of operation merge, not of train.",
     (*EVALUATE, "out=x"): "out is a key of operation predict, not of evaluate.",
     (
