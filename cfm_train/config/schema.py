@@ -76,7 +76,11 @@ class Splits(Section):
 
 
 class Data(Section):
-    """One task: where its rows are, which columns they have, how they are read."""
+    """One task: where its rows are, which columns they have, how they are read.
+
+    ``limit`` cuts the training rows alone: figures stay those of the whole validation and test
+    splits.
+    """
 
     name: str
     task: Literal[
