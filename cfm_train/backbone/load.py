@@ -166,6 +166,28 @@ def load_backbone(
     )
 
 
+def skeleton(resolved: ResolvedBackbone) -> PreTrainedModel:
+    """A backbone on the meta device: its class, config and modules as loaded, without any value.
+
+    Raises:
+        UserError: the architecture is unknown to transformers, or cannot be built from its config.
+    """
+    from transformers import initialization
+
+    config = _config(resolved)
+    model_class, options = _model_class(resolved, config, _auto_class(config)[0])
+    try:
+        with quiet(), torch.device("meta"), initialization.no_init_weights():
+            model: PreTrainedModel = model_class(config, **options)
+    except Exception as error:
+        # A model class may raise anything where its config makes no sense to it.
+        raise UserError(
+            f"transformers cannot build the backbone '{resolved.id}' from its config "
+            f"({_first_line(error)})."
+        ) from error
+    return model
+
+
 def load_tokenizer(folder: Path, vocabulary: int | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a backbone folder, with a padding token that the backbone can embed.
 
@@ -241,17 +263,7 @@ def _auto_class(config: Any) -> tuple[Any, str]:
 def _model(
     resolved: ResolvedBackbone, config: Any, auto: Any, dtype: torch.dtype
 ) -> PreTrainedModel:
-    options: dict[str, Any] = {}
-    try:
-        classes = auto._model_mapping[type(config)]
-        model_class = classes[0] if isinstance(classes, (tuple, list)) else classes
-    except KeyError:
-        raise UserError(
-            f"The backbone '{resolved.id}' (model type '{config.model_type}') is neither an "
-            "encoder, a decoder nor an encoder-decoder of transformers."
-        ) from None
-    if "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
-        options["add_pooling_layer"] = False  # a task head in disguise, random in many checkpoints
+    options = _model_class(resolved, config, auto)[1]
     try:
         with quiet():
             model, report = auto.from_pretrained(
@@ -277,6 +289,22 @@ def _model(
         )
     loaded: PreTrainedModel = model
     return loaded
+
+
+def _model_class(resolved: ResolvedBackbone, config: Any, auto: Any) -> tuple[Any, dict[str, Any]]:
+    """The class that an auto class stands for, and what to build it with."""
+    options: dict[str, Any] = {}
+    try:
+        classes = auto._model_mapping[type(config)]
+        model_class = classes[0] if isinstance(classes, (tuple, list)) else classes
+    except KeyError:
+        raise UserError(
+            f"The backbone '{resolved.id}' (model type '{config.model_type}') is neither an "
+            "encoder, a decoder nor an encoder-decoder of transformers."
+        ) from None
+    if "add_pooling_layer" in inspect.signature(model_class.__init__).parameters:
+        options["add_pooling_layer"] = False  # a task head in disguise, random in many checkpoints
+    return model_class, options
 
 
 def _first_line(error: Exception) -> str:

@@ -212,6 +212,39 @@ class Merge(Run):
     rule: Literal["linear"]
 
 
+class StitchLayers(Run):
+    """Make a backbone from layers of others, taken as they are."""
+
+    slices: list[str]
+    embed: Literal["first", "last"]
+    head: Literal["first", "last"]
+    untie: bool
+    shard_bytes: Positive
+    out: str
+
+
+class Calibration(Section):
+    """What a bridge between two models is fitted on before any training."""
+
+    tokens: Positive
+    cka_tokens: Positive
+    ridge: list[NonNegative]
+
+
+class StitchBridge(Run):
+    """Put bottom layers of one model under top layers of another, through a linear bridge."""
+
+    bottom: str
+    top: str
+    at: Literal["auto"] | list[Count]
+    depth: list[Positive] | None
+    train: bool
+    calibration: Calibration
+    data: Data
+    trainer: Trainer
+    evaluation: Evaluation
+
+
 class Compare(Evaluate):
     """Score bricks on tasks, and draw them with the runs that made them."""
 
@@ -227,6 +260,8 @@ OPERATIONS: dict[str, type[Run]] = {
     "evaluate": Evaluate,
     "predict": Predict,
     "merge": Merge,
+    "stitch_layers": StitchLayers,
+    "stitch_bridge": StitchBridge,
     "compare": Compare,
     "sequence": Sequence,
 }

@@ -101,7 +101,7 @@ def _summary(card: Card) -> str:
         f"Version `{card.version}`, a {kind} made by `{card.operation or 'unknown'}` on "
         f"{card.created[:10]}."
     ]
-    if card.backbone_id or card.requires:
+    if card.kind != "backbone" and (card.backbone_id or card.requires):
         prints = ", ".join(f"`{one[:12]}`" for one in card.requires) or "unknown"
         lines.append(
             f"It fits the backbone `{card.backbone_id or 'unknown'}` (fingerprint {prints}) and "
@@ -119,6 +119,11 @@ def _summary(card: Card) -> str:
 
 def _usage(card: Card, peft: bool) -> str:
     backbone = card.backbone_id or "BACKBONE"
+    if card.kind == "backbone":
+        return (
+            f"Its weights are the model folder `{backbone}`, which any run takes:\n\n"
+            f"```\npython -m cfm_train … backbone=hf backbone.path=…/{backbone}\n```"
+        )
     text = (
         "In cfm_train, from the library that it lies in:\n\n"
         "```python\nimport cfm_train\n\n"

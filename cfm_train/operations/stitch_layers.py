@@ -1,0 +1,186 @@
+"""Make a backbone from layers of others, and write it as a transformers model folder.
+
+check    slices, headers, tokenizers, the disk, all before torch is imported
+run      configs and layers compared on the meta device ─► bytes copied ─► card, record
+
+The weights lie in ``out``; the library holds the card, with what the model was made from, and
+``stitch.json``, which the folder holds too.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cfm_train.backbone.fingerprint import fingerprint, tokenizer_hash
+from cfm_train.errors import UserError
+from cfm_train.library.card import Card, check_name
+from cfm_train.library.store import Library
+from cfm_train.stitching.layers.sources import Slice, read_slices, same_tokenizer
+from cfm_train.stitching.layers.writing import check_room, size_of, write_backbone
+from cfm_train.tracking.wandb_run import resolve_mode
+
+STITCH_FILE = "stitch.json"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What `check` found.
+
+    Attributes:
+        slices: the layers, bottom to top.
+        library: where the card will go.
+        out: the folder to write.
+        stitch: the content of ``stitch.json``: what decides the model.
+        written: whether an earlier start of this run has written the folder.
+        fingerprints: content hashes for the config hash.
+    """
+
+    slices: list[Slice]
+    library: Library
+    out: Path
+    stitch: str
+    written: bool
+    fingerprints: dict[str, str]
+
+
+def check(config: dict[str, Any]) -> Inputs:
+    """Checks everything that can be checked without torch.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    check_name(config["name"])
+    resolve_mode(config["tracking"]["mode"])
+    slices = read_slices(config["slices"])
+    sources = list({s.source.label: s.source for s in slices}.values())
+    for other in sources[1:]:
+        same_tokenizer(sources[0], other)
+        kinds = [one.backbone.config["model_type"] for one in (sources[0], other)]
+        if kinds[0] != kinds[1]:
+            raise UserError(
+                f"'{sources[0].name}' is a {kinds[0]} and '{other.name}' a {kinds[1]}: layers are "
+                "stitched as they are only within one architecture; use recipe=stitch/bridge."
+            )
+    stitch = {
+        "slices": [
+            {
+                "backbone": s.source.name,
+                "fingerprint": s.source.fingerprint,
+                "layers": [s.start, s.stop],
+            }
+            for s in slices
+        ],
+        **{key: config[key] for key in ("embed", "head", "untie")},
+    }
+    text = json.dumps(stitch, indent=2, sort_keys=True) + "\n"
+    out = Path(config["out"]).expanduser().absolute()
+    written = _look_at(out, text)
+    taken = [layer for s in slices for layer in s.source.layers[s.start : s.stop]]
+    around = max(size_of(source.around) for source in sources) * (2 if config["untie"] else 1)
+    check_room(out, sum(map(size_of, taken)) + around)
+    library = Library(config["library"])
+    library.check_writable()
+    fingerprints = {f"backbone/{s.label}": s.fingerprint for s in sources}
+    return Inputs(slices, library, out, text, written, fingerprints)
+
+
+def _look_at(out: Path, text: str) -> bool:
+    """Whether the folder holds this very stitch already.
+
+    Raises:
+        UserError: something else is there.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    note = out / STITCH_FILE
+    if note.is_file() and note.read_text(encoding="utf-8") == text:
+        return True
+    raise UserError(f"out: {out} is there already: choose a new folder, or delete it.")
+
+
+def rehearse(config: dict[str, Any], inputs: Inputs) -> None:
+    """Compares configs and layers, as ``dry_run`` wants to know.
+
+    Raises:
+        UserError: the models do not fit together.
+    """
+    _plan(config, inputs)
+
+
+def _plan(config: dict[str, Any], inputs: Inputs) -> Any:
+    from cfm_train.stitching.layers.assembly import assemble
+
+    return assemble(
+        inputs.slices, embed=config["embed"], head=config["head"], untie=config["untie"]
+    )
+
+
+def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
+    """Writes the model and its card; returns the record's own part."""
+    from cfm_train.operations.setting import tracked
+    from cfm_train.training.cost import peak_memory
+
+    plan = _plan(config, inputs)
+    texts = {
+        "config.json": json.dumps(plan.config, indent=2, sort_keys=True) + "\n",
+        STITCH_FILE: inputs.stitch,
+    }
+    companion = plan.companion.backbone.folder
+    same = inputs.written or write_backbone(
+        inputs.out, plan.tensors, texts, companion, config["shard_bytes"]
+    )
+    made = fingerprint(inputs.out)
+    expression = f"stitch([{', '.join(map(str, inputs.slices))}])"
+    parents = _parents(inputs, made)
+    with tracked(config, folder) as wandb:
+        card = inputs.library.add(
+            {STITCH_FILE: inputs.stitch.encode()},
+            Card(
+                name=config["name"],
+                kind="backbone",
+                backbone_id=inputs.out.name,
+                tokenizer=tokenizer_hash(inputs.out),
+                operation="stitch",
+                expression=expression,
+                parents=parents,
+                recipe=config,
+                interface={"fingerprint": made, **json.loads(inputs.stitch)},
+                run=folder.name,
+            ),
+        )
+        wandb.artifact(
+            card.name, "backbone", inputs.library.folder(card), {"version": card.version}
+        )
+    unchanged = all(
+        fingerprint(s.source.backbone.folder) == s.source.fingerprint for s in inputs.slices
+    )
+    count = sum(s.stop - s.start for s in inputs.slices)
+    print(f"{inputs.out}: {count} layers, {expression}")
+    return {
+        "brick": {
+            "name": card.name,
+            "version": card.version,
+            "path": str(inputs.library.folder(card)),
+            "parents": parents,
+        },
+        "backbone": {"id": inputs.out.name, "fingerprint": made, "unchanged": unchanged},
+        "checks": {
+            "sources unchanged": {"value": unchanged, "tolerance": None, "passed": unchanged},
+            "tensors equal their sources": {"value": same, "tolerance": None, "passed": same},
+        },
+        "cost": {"peak_memory_bytes": peak_memory()},
+        "wandb": wandb.as_record(),
+    }
+
+
+def _parents(inputs: Inputs, made: str) -> list[dict[str, str]]:
+    """The sources that are artifacts of this library themselves, by fingerprint."""
+    wanted = {s.source.fingerprint for s in inputs.slices} - {made}  # all layers: the model itself
+    found = []
+    for card in inputs.library.cards():
+        if card.kind == "backbone" and card.interface.get("fingerprint") in wanted:
+            found.append({"name": card.name, "version": card.version})
+    return found

@@ -1,0 +1,200 @@
+"""Which backbones a stitch is made from, and which of their layers: names, headers, no torch.
+
+    slices=[DIR_A:0-4, DIR_B:4-8]     layers 0, 1, 2, 3 of A, then 4, 5, 6, 7 of B
+
+The stack of layers is read off the names of the tensors: it is the one group of names that differ
+by a number which counts from 0 without a gap (``model.layers.N.…``, ``h.N.…``). Where there is no
+such group, or more than one, the model is refused. Tensors are looked up in file headers alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cfm_train.backbone.fingerprint import fingerprint, tokenizer_files, tokenizer_hash
+from cfm_train.backbone.spec import ResolvedBackbone, resolve
+from cfm_train.errors import UserError
+from cfm_train.library.tensorfile import TensorInfo, read_header
+
+_SLICE = re.compile(r"(?P<model>.+):(?P<start>\d+)-(?P<stop>\d+)")
+_NUMBERED = re.compile(r"(?P<stack>(?:[^.\d][^.]*\.)*?[^.\d][^.]*)\.(?P<layer>\d+)\.(?P<rest>.+)")
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A tensor and the file that it lies in."""
+
+    file: Path
+    info: TensorInfo
+
+
+@dataclass(frozen=True)
+class Source:
+    """A backbone whose layers are taken.
+
+    Attributes:
+        label: how the person named it.
+        section: the ``backbone`` section that finds it.
+        backbone: its folder and config.
+        fingerprint: hash of its files.
+        stack: what stands before the layer number in the names of its tensors.
+        layers: for each layer, the rest of each tensor's name -> where it lies.
+        around: every other tensor by name.
+    """
+
+    label: str
+    section: dict[str, Any]
+    backbone: ResolvedBackbone
+    fingerprint: str
+    stack: str
+    layers: list[dict[str, Placed]]
+    around: dict[str, Placed]
+
+    @property
+    def name(self) -> str:
+        """What a sentence calls it."""
+        return self.backbone.id
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Layers ``start`` to ``stop - 1`` of a source, in this order."""
+
+    source: Source
+    start: int
+    stop: int
+
+    def __str__(self) -> str:
+        return f"{self.source.name}:{self.start}-{self.stop}"
+
+
+def backbone_section(text: str) -> dict[str, Any]:
+    """The ``backbone`` section behind a name of ``conf/backbone``, a folder or a Hub id."""
+    from cfm_train.config.catalogue import groups
+    from cfm_train.config.compose import option
+
+    if text in groups()["backbone"] and text != "hf":
+        return option("backbone", text)
+    return option("backbone", "hf", path=text)
+
+
+def open_source(text: str) -> Source:
+    """A backbone with the places of all its tensors.
+
+    Raises:
+        UserError: it is not there, or its stack of layers cannot be told.
+    """
+    section = backbone_section(text)
+    backbone = resolve(section)
+    placed: dict[str, Placed] = {}
+    for path in backbone.files:
+        with path.open("rb") as file:
+            for name, info in read_header(file, str(path)).items():
+                placed[name] = Placed(path, info)
+    stack, count = stack_of(placed, backbone.id)
+    layers: list[dict[str, Placed]] = [{} for _ in range(count)]
+    around = {}
+    for name, place in placed.items():
+        match = _NUMBERED.fullmatch(name)
+        if match and match["stack"] == stack:
+            layers[int(match["layer"])][match["rest"]] = place
+        else:
+            around[name] = place
+    return Source(text, section, backbone, fingerprint(backbone.folder), stack, layers, around)
+
+
+def stack_of(names: Sequence[str] | dict[str, Any], model: str) -> tuple[str, int]:
+    """Where the layers of a checkpoint are, from the names of its tensors.
+
+    Args:
+        names: the tensors' names.
+        model: what a sentence calls the model.
+
+    Returns:
+        What stands before the layer number, and how many layers there are.
+
+    Raises:
+        UserError: there is no stack of layers, or more than one.
+    """
+    found: dict[str, set[int]] = {}
+    for name in names:
+        if match := _NUMBERED.fullmatch(name):
+            found.setdefault(match["stack"], set()).add(int(match["layer"]))
+    stacks = {stack: len(n) for stack, n in found.items() if n == set(range(len(n)))}
+    if len(stacks) > 1:  # one of several may be a list of one, such as a projector
+        stacks = {stack: n for stack, n in stacks.items() if n > 1} or stacks
+    if len(stacks) != 1:
+        what = " and ".join(f"'{stack}'" for stack in sorted(stacks)) or "none"
+        raise UserError(
+            f"The layers of the backbone '{model}' cannot be told from its tensors' names (stacks "
+            f"found: {what}): only models with one stack of layers can be stitched."
+        )
+    return next(iter(stacks.items()))
+
+
+def read_slices(texts: Sequence[str]) -> list[Slice]:
+    """The slices that ``slices=[…]`` names; each backbone is opened once.
+
+    Raises:
+        UserError: a text is no slice, a backbone is not there, or it lacks the layers.
+    """
+    if not texts:
+        raise UserError("slices is empty: name at least one, as in slices=[DIR_A:0-4,DIR_B:4-8].")
+    opened: dict[str, Source] = {}
+    slices = []
+    for text in texts:
+        match = _SLICE.fullmatch(text.strip())
+        if match is None:
+            raise UserError(
+                f"slices: '{text}' is no slice: write BACKBONE:FIRST-END, as in DIR_A:0-4 for "
+                "layers 0, 1, 2 and 3."
+            )
+        label, start, stop = match["model"], int(match["start"]), int(match["stop"])
+        if label not in opened:
+            opened[label] = open_source(label)
+        source = opened[label]
+        count = len(source.layers)
+        if not start < stop <= count:
+            raise UserError(
+                f"slices: '{text}' takes layers {start} to {stop - 1}, but '{source.name}' has "
+                f"{count} layers, 0 to {count - 1} (the end is not taken: 0-{count} is all)."
+            )
+        slices.append(Slice(source, start, stop))
+    return slices
+
+
+def same_tokenizer(one: Source, other: Source) -> None:
+    """Refuses two backbones to which the same text is not the same token numbers.
+
+    Raises:
+        UserError: vocabulary or rules differ.
+    """
+    a, b = one.backbone.folder, other.backbone.folder
+    if tokenizer_hash(a) != tokenizer_hash(b) and _rules(a) != _rules(b):
+        raise UserError(
+            f"'{one.name}' and '{other.name}' have different tokenizers, so a token means another "
+            "thing to each: choose two models with the same tokenizer."
+        )
+    sizes = [source.backbone.config.get("vocab_size") for source in (one, other)]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"'{one.name}' has a vocabulary of {sizes[0]} tokens and '{other.name}' of {sizes[1]}: "
+            "choose two models with the same vocabulary."
+        )
+
+
+def _rules(folder: Path) -> Any:
+    """What a fast tokenizer does, without settings that only shape a batch; else its files."""
+    path = folder / "tokenizer.json"
+    if path not in tokenizer_files(folder):
+        return tokenizer_hash(folder)
+    try:
+        rules = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"Cannot read '{path}' ({error}): repair it.") from None
+    return {key: value for key, value in rules.items() if key not in ("truncation", "padding")}
