@@ -55,11 +55,11 @@ WRONG = {
     (*TRAIN, "lr=1e-3"): "lr is no key of this run: it is called brick.learning_rate here.",
     (*TRAIN, "brick.r=4"): "brick.r is no key of this run: it is called brick.rank here.",
     (*TRAIN, "weights=[1,2]"): "weights is a key of operation merge, not of train.",
-    (*EVALUATE, "out=x"): "out is a key of operation predict, not of evaluate.",
+    (*EVALUATE, "out=x"): "out is a key of operation predict and stitch_layers, not of evaluate.",
     (
         *EVALUATE,
         "trainer.epochs=1",
-    ): "trainer is a key of operation train, not of evaluate.",
+    ): "trainer is a key of operation train and stitch_bridge, not of evaluate.",
     (*TRAIN, "brick=lorra"): "brick=lorra: there is no brick 'lorra'. Did you mean 'lora'?",
     (
         *TRAIN,
