@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import (
 
 from cfm_train.backbone.load import Backbone
 from cfm_train.bricks.heads import Head
-from cfm_train.training.objectives import IGNORED
+from cfm_train.data.tasks import IGNORED
 
 #: Our task types as transformers' ``problem_type``.
 PROBLEM_TYPES = {

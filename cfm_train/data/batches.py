@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from cfm_train.data.encode import Encoded
-from cfm_train.data.encoders import IGNORE
+from cfm_train.data.tasks import IGNORED
 
 #: Rows that are sorted by length together, in batches: enough to find equals, few enough to mix.
 POOL = 64
@@ -109,8 +109,8 @@ def collate(encoded: Encoded, indices: np.ndarray, pad_id: int) -> dict[str, tor
     for name, key, fill in (
         ("token_type_ids", "token_type_ids", 0),
         ("position_ids", "position_ids", 0),
-        ("token_labels", "labels", IGNORE),
-        ("target_ids", "labels", IGNORE),
+        ("token_labels", "labels", IGNORED),
+        ("target_ids", "labels", IGNORED),
     ):
         if name in encoded.arrays:
             batch[key] = _pad(encoded, name, indices, fill)

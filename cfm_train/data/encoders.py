@@ -18,9 +18,8 @@ from cfm_train.data.conversations import answer_spans, write
 from cfm_train.data.packing import pack
 from cfm_train.data.rows import Row
 from cfm_train.data.tagging import first_tokens
-from cfm_train.data.tasks import TaskSpec
+from cfm_train.data.tasks import IGNORED, TaskSpec
 
-IGNORE = -100
 Arrays = dict[str, np.ndarray]
 
 #: Rows handed to the tokenizer at a time: enough for its threads, little beside the result.
@@ -137,7 +136,7 @@ def encode_token(
             first = first_tokens(row["words"], spans)
             ids.append(tokens)
             firsts.append(first)
-            labels.append([IGNORE] * len(tokens))
+            labels.append([IGNORED] * len(tokens))
             for place, tag in zip(first, row.get("label", ()), strict=False):
                 if place >= 0:
                     labels[-1][place] = tag
@@ -184,7 +183,7 @@ def encode_causal(
     ends = np.cumsum([len(block) for block in blocks])
     arrays["offsets"] = np.concatenate([[0], starts[ends]]).astype(np.int64)
     arrays["token_labels"] = arrays["input_ids"].copy()
-    arrays["token_labels"][starts[:-1]] = IGNORE
+    arrays["token_labels"][starts[:-1]] = IGNORED
     arrays["block_rows"], arrays["block_offsets"] = flat(
         [[owners[i] for i in block] for block in blocks]
     )
@@ -236,7 +235,7 @@ def encode_instruct(
             truncation=False,
             verbose=False,
         )
-        tokens, marks = encoded["input_ids"], [IGNORE] * len(encoded["input_ids"])
+        tokens, marks = encoded["input_ids"], [IGNORED] * len(encoded["input_ids"])
         begin = len(tokens)
         for a, b in spans:
             inside = [
@@ -248,7 +247,7 @@ def encode_instruct(
         if len(tokens) > settings.max_length:
             truncated += 1
             keep = slice(0, settings.max_length)
-            if not answers or all(mark == IGNORE for mark in marks[keep]):
+            if not answers or all(mark == IGNORED for mark in marks[keep]):
                 keep = slice(len(tokens) - settings.max_length, None)
                 begin -= keep.start
             tokens, marks = tokens[keep], marks[keep]

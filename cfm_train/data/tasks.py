@@ -32,6 +32,12 @@ LABELLED = frozenset({"classification", "multilabel", "token"})
 #: Task types that continue text, and so need the language model's own head.
 GENERATIVE = frozenset({"causal", "instruct", "seq2seq"})
 
+#: Task types that a head of the brick's own answers.
+HEADED = frozenset(METRICS) - GENERATIVE
+
+#: Label of a token that counts for nothing, as in PyTorch's cross entropy.
+IGNORED = -100
+
 
 @dataclass(frozen=True)
 class TaskSpec:

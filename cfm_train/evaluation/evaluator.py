@@ -15,11 +15,11 @@ import torch
 from cfm_train.backbone.load import Backbone
 from cfm_train.bricks.heads import Head
 from cfm_train.data.encode import Encoded
-from cfm_train.data.tasks import TaskSpec
+from cfm_train.data.tasks import IGNORED, TaskSpec
 from cfm_train.evaluation.intervals import Score
 from cfm_train.evaluation.metrics import score
 from cfm_train.training.dataset import EvaluationDataset
-from cfm_train.training.objectives import IGNORED, Batch, Result, compute
+from cfm_train.training.objectives import Batch, Result, compute
 
 
 @dataclass

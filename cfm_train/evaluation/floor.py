@@ -20,11 +20,12 @@ from cfm_train.bricks.heads import Head, pool
 from cfm_train.config.compose import option
 from cfm_train.data.batches import BatchStream
 from cfm_train.data.encode import Encoded, TaskData
+from cfm_train.data.tasks import HEADED
 from cfm_train.evaluation.evaluator import Answers
 from cfm_train.evaluation.judge import TOKENS_PER_BATCH, Judged, judge
 from cfm_train.training.dataset import EvaluationDataset, plan_steps
 from cfm_train.training.module import monitored
-from cfm_train.training.objectives import HEADED, Result, headed_result
+from cfm_train.training.objectives import Result, headed_result
 from cfm_train.training.schedule import factor
 from cfm_train.training.task_head import new_head
 

@@ -15,10 +15,10 @@ from cfm_train.backbone.load import Backbone
 from cfm_train.bricks.brick import Brick
 from cfm_train.bricks.heads import Head
 from cfm_train.data.encode import TaskData
+from cfm_train.data.tasks import HEADED
 from cfm_train.errors import UserError
 from cfm_train.evaluation.floor import train_head
 from cfm_train.evaluation.judge import judge_task, primary, scores_of
-from cfm_train.training.objectives import HEADED
 
 REFITTED = "head refitted"
 

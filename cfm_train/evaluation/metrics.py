@@ -19,28 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from cfm_train.evaluation.intervals import Score, Statistic, intervals, paired_interval
-from cfm_train.evaluation.spans import entity_counts, is_bio
+from cfm_train.data.tasks import IGNORED, is_bio
+from cfm_train.evaluation.intervals import Score, Statistic, intervals
+from cfm_train.evaluation.spans import entity_counts
 from cfm_train.evaluation.text import exact_match, rouge_l, token_f1
-
-__all__ = ["LOWER_IS_BETTER", "METRICS", "Score", "paired_interval", "score"]
-
-#: The metrics of each task type, the primary one first.
-METRICS: dict[str, tuple[str, ...]] = {
-    "classification": ("accuracy", "macro_f1", "mcc"),
-    "multilabel": ("micro_f1", "macro_f1", "exact"),
-    "regression": ("pearson", "spearman", "rmse"),
-    "token": ("entity_f1", "token_accuracy"),  # entity_f1 only where the labels are BIO
-    "causal": ("loss", "perplexity"),
-    "instruct": ("loss", "perplexity"),
-    "seq2seq": ("rouge_l", "exact_match", "token_f1"),
-}
-
-#: All other metrics are better when they are higher.
-LOWER_IS_BETTER = frozenset({"loss", "perplexity", "rmse"})
-
-#: Reference id of a token that is not scored, as in PyTorch's cross entropy.
-IGNORED = -100
 
 #: The distinct examples' counts, and the metrics of their weights.
 _Counted = tuple[np.ndarray, dict[str, Statistic]]

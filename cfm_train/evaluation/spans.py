@@ -14,13 +14,6 @@ import numpy as np
 Span = tuple[int, int, str]
 
 
-def is_bio(labels: Sequence[str]) -> bool:
-    """Whether the label names are BIO tags: ``O``, ``B-…``, ``I-…``, with one ``B-`` at least."""
-    return any(name.startswith("B-") for name in labels) and all(
-        name == "O" or name[:2] in ("B-", "I-") for name in labels
-    )
-
-
 def entity_spans(tags: Sequence[str]) -> list[Span]:
     """The entities of a sequence of BIO tags.
 

@@ -154,7 +154,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
 
 def add_heads(brick: Brick, backbone: Backbone, tasks: dict[str, TaskData], seed: int) -> None:
     """Gives the brick a head for each task that needs one."""
-    from cfm_train.training.objectives import HEADED
+    from cfm_train.data.tasks import HEADED
     from cfm_train.training.task_head import new_head
 
     for name, task in tasks.items():

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from cfm_train.evaluation.metrics import LOWER_IS_BETTER
+from cfm_train.data.tasks import LOWER_IS_BETTER
 
 Json = dict[str, Any]
 

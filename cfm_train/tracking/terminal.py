@@ -13,7 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from cfm_train.evaluation.metrics import LOWER_IS_BETTER
+from cfm_train.data.tasks import LOWER_IS_BETTER
 from cfm_train.tracking.matrix_view import matrix_view
 
 _WIDTH = 500  # where nobody looks on: a pipe or a file

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cfm_train.evaluation.metrics import LOWER_IS_BETTER
+from cfm_train.data.tasks import LOWER_IS_BETTER
 from cfm_train.tracking.lineage_view import lineage, link
 from cfm_train.tracking.matrix_view import (
     COMPETES,

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from cfm_train.backbone.load import Backbone
 from cfm_train.bricks.brick import Brick
-from cfm_train.data.tasks import TaskSpec
+from cfm_train.data.tasks import HEADED, TaskSpec
 from cfm_train.evaluation.evaluator import Answers
-from cfm_train.training.objectives import HEADED, Batch, Result, compute, count_items
+from cfm_train.training.objectives import Batch, Result, compute, count_items
 from cfm_train.training.schedule import factor
 from cfm_train.training.seeding import reseed
 

@@ -23,11 +23,7 @@ from torch.nn import functional as F
 
 from cfm_train.backbone.load import Backbone
 from cfm_train.bricks.heads import Head
-
-IGNORED = -100
-
-#: Task types that a head answers; the others use the language model's own.
-HEADED = ("classification", "multilabel", "regression", "token")
+from cfm_train.data.tasks import HEADED, IGNORED
 
 Batch = dict[str, Any]
 

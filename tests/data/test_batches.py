@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from cfm_train.config.compose import option
 from cfm_train.data.batches import BatchStream, collate, in_order, padding_share, plan_epoch
 from cfm_train.data.encode import Encoded, encode, encode_rows
-from cfm_train.data.encoders import IGNORE
 from cfm_train.data.sources import check
-from cfm_train.data.tasks import TaskSpec
+from cfm_train.data.tasks import IGNORED, TaskSpec
 
 one_side = st.lists(st.integers(1, 40), min_size=1, max_size=80).map(np.array)
 two_sides = st.lists(
@@ -175,7 +174,7 @@ def test_collate_of_every_answer(bert: Any, llama: Any, tmp_path: Path) -> None:
     ]
     tags = collate(encoded("token", bert, tmp_path, words), np.array([0, 1]), 0)
     assert tags["labels"].shape == tags["input_ids"].shape
-    assert (tags["labels"][tags["attention_mask"] == 0] == IGNORE).all()
+    assert (tags["labels"][tags["attention_mask"] == 0] == IGNORED).all()
     assert tags["labels"][1, 1] == 1
     none = collate(encoded("multilabel", bert, tmp_path, [{"text": ["x"]}]), np.array([0]), 0)
     assert "labels" not in none

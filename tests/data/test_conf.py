@@ -13,8 +13,6 @@ from cfm_train.config.catalogue import groups, recipes
 from cfm_train.config.compose import compose, option
 from cfm_train.config.schema import Data
 from cfm_train.data.sources import check, check_all
-from cfm_train.data.tasks import METRICS
-from cfm_train.evaluation import metrics
 
 REAL = [
     "sst2",
@@ -121,7 +119,3 @@ def test_multitask_reads_all_its_tasks() -> None:
     tasks = check_all(compose(["recipe=task/multitask", "data.limit=30"])["data"])
     assert [task.spec.name for task in tasks] == option("data", "multitask")["tasks"]
     assert all(len(task.rows["train"]) == 30 for task in tasks)
-
-
-def test_metrics_are_those_that_can_be_computed() -> None:
-    assert metrics.METRICS == METRICS

@@ -11,8 +11,7 @@ import pytest
 
 from cfm_train.data.conversations import answer_spans, write
 from cfm_train.data.encode import encode_rows
-from cfm_train.data.encoders import IGNORE
-from cfm_train.data.tasks import TaskSpec
+from cfm_train.data.tasks import IGNORED, TaskSpec
 from cfm_train.errors import UserError
 
 TALK = [
@@ -83,7 +82,7 @@ def test_the_loss_is_on_answers_alone(
     mask = np.array(oracle["assistant_masks"], bool)
     assert 0 < mask.sum() < len(mask)
     assert (labels[mask] == np.array(ids)[mask]).all()
-    assert (labels[~mask] == IGNORE).all()
+    assert (labels[~mask] == IGNORED).all()
     # A blank at the prompt's end joins the answer's first word, as everywhere with this template.
     prompt = write(TALK[: turns - 1], tokenizer, prompt=True).rstrip(" ")
     start = data.arrays["answer_starts"][0]
@@ -102,7 +101,7 @@ def test_the_plain_template(llama: Any, tmp_path: Path) -> None:
     data = encoded(TALK, llama, tmp_path)
     ids, labels = data.slice("input_ids", 0), data.slice("token_labels", 0)
     assert ids[0] == llama.bos_token_id
-    learnt = llama.decode(labels[labels != IGNORE])
+    learnt = llama.decode(labels[labels != IGNORED])
     assert learnt == "there was a girl. user</s>She was happy.</s>"
     assert labels[-1] == llama.eos_token_id
 
@@ -130,9 +129,9 @@ def test_long_conversations_keep_an_answer(llama: Any, tmp_path: Path) -> None:
     data = encoded(question, llama, tmp_path, max_length=40)
     assert (data.slice("input_ids", 0) == whole[-40:]).all()
     labels = data.slice("token_labels", 0)
-    assert llama.decode(labels[labels != IGNORE]) == "She was happy.</s>"
+    assert llama.decode(labels[labels != IGNORED]) == "She was happy.</s>"
     start = data.arrays["answer_starts"][0]
-    assert labels[start] != IGNORE and labels[start - 1] == IGNORE
+    assert labels[start] != IGNORED and labels[start - 1] == IGNORED
 
 
 def test_a_row_to_predict_is_its_prompt(llama: Any, tmp_path: Path) -> None:

@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 
 from cfm_train.data.encode import Encoded, encode, encode_rows, tokenizer_fingerprint
-from cfm_train.data.encoders import IGNORE
 from cfm_train.data.packing import pack
 from cfm_train.data.sources import check
 from cfm_train.data.tagging import from_spans, from_tokens
-from cfm_train.data.tasks import TaskSpec
+from cfm_train.data.tasks import IGNORED, TaskSpec
 
 LIMITS = {"max_length": 24, "target_max_length": 6, "pack": True}
 TEXTS = ["a short one", "a long one " * 12, "The naïve café, 漢字!", "x"]
@@ -107,7 +106,7 @@ def test_the_first_sub_word_carries_the_tag(bert: Any, tmp_path: Path) -> None:
         seen: set[int] = set()
         expected = []
         for word in oracle.word_ids():
-            expected.append(IGNORE if word is None or word in seen else tags[word])
+            expected.append(IGNORED if word is None or word in seen else tags[word])
             seen |= set() if word is None else {word}
         assert labels.tolist() == expected
         firsts = data.slice("first_tokens", i)
@@ -127,7 +126,7 @@ def test_spans_and_sub_words_of_a_sentencepiece_model(llama: Any, tmp_path: Path
     ):
         assert word.startswith(llama.decode([ids[first]]).strip())
         assert labels[first] == tag
-    assert (labels != IGNORE).sum() == len(row["tokens"])
+    assert (labels != IGNORED).sum() == len(row["tokens"])
 
 
 def test_causal_predicts_every_token_but_the_first_once(llama: Any, tmp_path: Path) -> None:
@@ -138,7 +137,7 @@ def test_causal_predicts_every_token_but_the_first_once(llama: Any, tmp_path: Pa
         documents = [[*llama(text)["input_ids"], llama.eos_token_id] for text in texts]
         wanted = sorted(t for document in documents for t in document[1:])
         labels = np.concatenate([data.slice("token_labels", i) for i in range(len(data))])
-        assert sorted(labels[labels != IGNORE].tolist()) == wanted
+        assert sorted(labels[labels != IGNORED].tolist()) == wanted
         assert data.lengths.max() <= 24
         for i in range(len(data)):
             ids, marks = data.slice("input_ids", i), data.slice("token_labels", i)
@@ -150,7 +149,7 @@ def test_causal_predicts_every_token_but_the_first_once(llama: Any, tmp_path: Pa
                 assert (
                     f" {' '.join(map(str, piece))} " in f" {' '.join(map(str, documents[owner]))} "
                 )
-            assert (marks[starts] == IGNORE).all()
+            assert (marks[starts] == IGNORED).all()
             rest = np.setdiff1d(np.arange(len(ids)), starts)
             assert (marks[rest] == ids[rest]).all()
             assert data.row(i)["text"] == [texts[o] for o in owners]

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from torchmetrics.functional.text import rouge_score, squad
 
-from cfm_train.evaluation.metrics import METRICS, score
+from cfm_train.data.tasks import METRICS
+from cfm_train.evaluation.metrics import score
 from cfm_train.evaluation.spans import entity_spans
 from cfm_train.evaluation.text import exact_match, rouge_l, token_f1
 
