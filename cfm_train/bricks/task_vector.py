@@ -158,7 +158,8 @@ class TaskVector(Brick):
                 scores[layer] = answer_loss(backbone, asked)
         best = min(layers, key=scores.__getitem__)
         self.hold(best, vectors[best], ending).to(backbone.device)
-        tokens = sum(len(c.shown) + len(c.alone) for c in contexts)
+        alone = self.hyper["mode"] == "add"
+        tokens = sum(len(c.shown) + (len(c.alone) if alone else 0) for c in contexts)
         return Derived(len(contexts) * (hyper["demonstrations"] + 1), tokens, scores)
 
     def _vectors(

@@ -126,7 +126,7 @@ def cost_text(cost: Mapping[str, Any]) -> str:
     if cost["samples_per_second"] is not None:
         parts.append(f"{cost['samples_per_second']:.0f} samples/s")
     if cost["flop_share"] is not None:
-        parts.append(f"{cost['flop_share']:.0%} of the 4N FLOP limit")
+        parts.append(f"{cost['flop_share']:.0%} of the FLOP limit")
     if cost["peak_memory_bytes"] is not None:
         parts.append(f"{cost['peak_memory_bytes'] / 2**30:.1f} GiB at most")
     return ", ".join(parts)

@@ -61,16 +61,14 @@ class Progress(Callback):
 
     Args:
         steps: optimiser steps of the run.
-        matmul_parameters: N of the 4N limit, see `training.cost`.
         peak_flops: what this machine multiplies at best, FLOP/s.
     """
 
-    def __init__(self, steps: int, matmul_parameters: int, peak_flops: float) -> None:
+    def __init__(self, steps: int, peak_flops: float) -> None:
         self.steps = steps
-        self.flops_per_token = 4 * matmul_parameters
         self.peak_flops = peak_flops
         self._bar: Any = None
-        self._recent: deque[tuple[float, int, int]] = deque(maxlen=20)
+        self._recent: deque[tuple[float, int, int, float]] = deque(maxlen=20)
         self._shown = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -95,16 +93,16 @@ class Progress(Callback):
         batch_idx: int,
     ) -> None:
         """Moves the bar; the figures are means over the last steps."""
-        self._recent.append((outputs["seconds"], outputs["rows"], outputs["tokens"]))
+        names = ("seconds", "rows", "tokens", "flops")
+        self._recent.append(tuple(outputs[name] for name in names))
         if time.perf_counter() - self._shown > 0.5:
             self._shown = time.perf_counter()
-            seconds = sum(r[0] for r in self._recent) or 1e-9
-            tokens = sum(r[2] for r in self._recent) / seconds
+            seconds, rows, tokens, flops = map(sum, zip(*self._recent, strict=True))
             self._bar.set_postfix_str(
                 f"loss {outputs['train/loss']:.3f}, "
-                f"{sum(r[1] for r in self._recent) / seconds:.0f} samples/s, "
-                f"{tokens:.0f} tokens/s, "
-                f"{tokens * self.flops_per_token / self.peak_flops:.0%} of 4N, "
+                f"{rows / seconds:.0f} samples/s, "
+                f"{tokens / seconds:.0f} tokens/s, "
+                f"{flops / seconds / self.peak_flops:.0%} of the FLOP limit, "
                 f"{peak_memory() / 2**30:.1f} GiB",
                 refresh=False,
             )

@@ -1,38 +1,108 @@
 """What training costs: memory, and the share of the floating-point limit of a frozen backbone.
 
-With N frozen parameters in matrix products, a token costs 2N forward and 2N for the gradient of the
-activations; the 2N for weight gradients vanish. So 4N FLOP a token is the work, and the share
-shown is
+With N frozen parameters in matrix products, a token costs 2N FLOP forward. Backward, no weight has
+a gradient, and activations have one only above the lowest brick: another 2N for the layers from
+there on, nothing where a head alone is trained. In an encoder-decoder each stack reads its own
+tokens, and cross-attention's keys and values those of the encoder. The share shown is
 
-    tokens/s × 4N ÷ (best matrix product rate of this machine in this dtype)
+    FLOP/s of this work ÷ (best matrix product rate of this machine in this dtype)
 
-(attention's own term and the brick are left out: small at usual lengths).
+Attention's own term, the language model's head and the brick are left out; the layer of the lowest
+brick counts whole.
 """
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 
 from cfm_train.backbone.load import Backbone
+from cfm_train.backbone.sites import Site
+
+#: Cross-attention's keys and values: part of the decoder, but computed from the encoder's tokens.
+_CROSSING = re.compile(r"\.cross\.(k|v|kv)$")
 
 
-def matmul_parameters(backbone: Backbone) -> int:
-    """N: parameters of the backbone's linear maps, without embeddings and without the LM head."""
-    modules = {
-        site.module
-        for site in backbone.sites.values()
-        if site.kind in ("linear", "conv1d", "experts")
-    }
-    return sum(
-        p.numel()
-        for path in modules
-        for p in backbone.model.get_submodule(path).parameters()
-        if p.ndim >= 2
-    )
+@dataclass(frozen=True)
+class Work:
+    """FLOP of forward and backward through the frozen backbone.
+
+    Attributes:
+        source: for each token that the only stack, or the encoder, reads.
+        crossing: for each of these where a decoder runs as well.
+        target: for each token of that decoder.
+    """
+
+    source: float
+    crossing: float
+    target: float
+
+    def of(self, tokens: int, targets: int) -> float:
+        """FLOP of a batch.
+
+        Args:
+            tokens: real tokens of the input.
+            targets: real tokens of the decoder beside it, 0 where none runs.
+        """
+        return tokens * (self.source + (self.crossing if targets else 0)) + targets * self.target
+
+
+def work_of(backbone: Backbone, sites: Iterable[str]) -> Work:
+    """What a brick at some sites makes a training step cost.
+
+    Args:
+        backbone: the backbone.
+        sites: names of the brick's sites; none for a head alone.
+    """
+    lowest: dict[str, int] = {}
+    for name in sites:
+        site = backbone.sites[name]
+        lowest[site.stack] = min(_height(site, backbone), lowest.get(site.stack, sys.maxsize))
+    encoder = "encoder." in lowest
+    if encoder:  # the decoder's every layer looks at the encoder
+        lowest["decoder."] = 0
+    flops = {"source": 0.0, "crossing": 0.0, "target": 0.0}
+    for site in _products(backbone):
+        if _CROSSING.search(site.name):
+            part, learns = "crossing", encoder
+        else:
+            part = "target" if site.stack == "decoder." else "source"
+            learns = _height(site, backbone) >= lowest.get(site.stack, sys.maxsize)
+        flops[part] += (4 if learns else 2) * _active(backbone, site)
+    return Work(**flops)
+
+
+def _products(backbone: Backbone) -> Iterable[Site]:
+    """One site of each module that multiplies by a weight; no embedding, no LM head."""
+    kinds = ("linear", "conv1d", "experts")
+    return {site.module: site for site in backbone.sites.values() if site.kind in kinds}.values()
+
+
+def _height(site: Site, backbone: Backbone) -> int:
+    """The number of the site's layer: 0 for what lies before the layers, after them the next."""
+    if site.layer is not None:
+        return site.layer
+    before = site.name.removeprefix(site.stack).startswith("embed")
+    return 0 if before else backbone.sites.layers[site.stack]
+
+
+def _active(backbone: Backbone, site: Site) -> float:
+    """Parameters that a token is multiplied by: of the chosen experts alone, and in every pass."""
+    config = backbone.model.config
+    matrices = [p for p in backbone.model.get_submodule(site.module).parameters() if p.ndim >= 2]
+    if site.kind == "experts":
+        chosen = getattr(config, "num_experts_per_tok", 1)
+        return sum(p.numel() / p.shape[0] * chosen for p in matrices if p.ndim == 3)
+    layers = backbone.sites.layers[site.stack]
+    # ALBERT runs one set of weights as often as it says it has layers.
+    passes = getattr(config, "num_hidden_layers", layers) / layers if not site.stack else 1
+    return passes * sum(p.numel() for p in matrices)
 
 
 def peak_flops(dtype: torch.dtype, device: torch.device, *, size: int = 1024) -> float:

@@ -10,14 +10,17 @@ from torch.utils.data import IterableDataset
 
 from cfm_train.data.batches import BatchStream, collate, in_order
 from cfm_train.data.encode import Encoded
+from cfm_train.data.tasks import IGNORED
 from cfm_train.training.objectives import Batch
 
 
 def make_batch(task: str, encoded: Encoded, indices: object, pad_id: int) -> Batch:
-    """A collated batch that knows its task and how many real tokens it holds."""
+    """A collated batch that knows its task and its real tokens: the input's, and the decoder's."""
     batch: Batch = dict(collate(encoded, indices, pad_id))  # type: ignore[arg-type]
     batch["task"] = task
     batch["tokens"] = int(batch["attention_mask"].sum())
+    generates = "target_ids" in encoded.arrays
+    batch["targets"] = int((batch["labels"] != IGNORED).sum()) if generates else 0
     return batch
 
 

@@ -24,7 +24,7 @@ from cfm_train.tracking.metrics_file import MetricsFile
 from cfm_train.tracking.wandb_run import WandbRun
 from cfm_train.training.callbacks import MetricsLog, Progress
 from cfm_train.training.checkpoint import AtomicCheckpointIO, ExactCheckpoint, Position
-from cfm_train.training.cost import matmul_parameters, peak_flops
+from cfm_train.training.cost import peak_flops
 from cfm_train.training.dataset import EvaluationDataset, StepDataset, plan_steps
 from cfm_train.training.lr_finder import find_learning_rate
 from cfm_train.training.module import MONITOR, BrickModule, Optimisation
@@ -43,7 +43,7 @@ class Fitted:
         learning_rate: the peak rate that was used.
         rows, tokens: how much was trained on (real tokens, padding left out).
         train_seconds: time from batch to batch, all but start-up and validation.
-        flop_share: achieved share of the 4N limit.
+        flop_share: achieved share of the FLOP limit, see `training.cost`; None where none is known.
         stopped: why training ended: ``finished`` or ``early``.
     """
 
@@ -53,7 +53,7 @@ class Fitted:
     rows: int
     tokens: int
     train_seconds: float
-    flop_share: float
+    flop_share: float | None
     stopped: str
 
 
@@ -126,9 +126,8 @@ def fit(
     module = BrickModule(backbone, brick, specs, options)
     dataset.start = position.step
 
-    work = matmul_parameters(backbone)
     peak = peak_flops(backbone.dtype, backbone.device)
-    watchers: list[Callback] = [MetricsLog(metrics, wandb), Progress(total, work, peak)]
+    watchers: list[Callback] = [MetricsLog(metrics, wandb), Progress(total, peak)]
     if settings["patience"] and validation:
         watchers.append(EarlyStopping(MONITOR, patience=settings["patience"], mode="max"))
     # The checkpoint comes last, so that it holds what the other callbacks know of this step.
@@ -163,7 +162,6 @@ def fit(
     best = checkpoint.load_best(brick) or steps
     backbone.slots.unplug()
     brick.eval()
-    rate = module.tokens_seen / max(module.train_seconds, 1e-9)
     return Fitted(
         steps=steps,
         best_step=best,
@@ -171,7 +169,7 @@ def fit(
         rows=module.rows_seen,
         tokens=module.tokens_seen,
         train_seconds=module.train_seconds,
-        flop_share=rate * 4 * work / peak,
+        flop_share=module.flops / max(module.train_seconds, 1e-9) / peak,
         stopped="early" if steps < total else "finished",
     )
 

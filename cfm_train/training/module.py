@@ -25,6 +25,7 @@ from cfm_train.backbone.load import Backbone
 from cfm_train.bricks.brick import Brick
 from cfm_train.data.tasks import HEADED, TaskSpec
 from cfm_train.evaluation.evaluator import Answers
+from cfm_train.training.cost import work_of
 from cfm_train.training.objectives import Batch, Result, compute, count_items
 from cfm_train.training.schedule import factor
 from cfm_train.training.seeding import reseed
@@ -108,6 +109,8 @@ class BrickModule(pl.LightningModule):
         self.optimisation = optimisation
         self.rows_seen = 0
         self.tokens_seen = 0
+        self.flops = 0.0
+        self._work = work_of(backbone, brick.site_names)
         self.train_seconds = 0.0
         self._since = time.perf_counter()
         self._window: list[float] = []
@@ -191,6 +194,8 @@ class BrickModule(pl.LightningModule):
         tokens = sum(int(b["tokens"]) for b in group)
         self.rows_seen += rows
         self.tokens_seen += tokens
+        flops = sum(self._work.of(b["tokens"], b["targets"]) for b in group)
+        self.flops += flops
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
         self.train_seconds += seconds
@@ -201,6 +206,7 @@ class BrickModule(pl.LightningModule):
             "train/gradient_norm": norm,
             "rows": rows,
             "tokens": tokens,
+            "flops": flops,
             "seconds": seconds,
         }
 
@@ -248,6 +254,7 @@ class BrickModule(pl.LightningModule):
         checkpoint["cfm"] = {
             "rows": self.rows_seen,
             "tokens": self.tokens_seen,
+            "flops": self.flops,
             "train_seconds": self.train_seconds,
             "window": list(self._window),
             "first_window": self._first_window,
@@ -259,6 +266,7 @@ class BrickModule(pl.LightningModule):
         """Takes up the counters where the checkpoint left them."""
         kept = checkpoint["cfm"]
         self.rows_seen, self.tokens_seen = kept["rows"], kept["tokens"]
+        self.flops = kept["flops"]
         self.train_seconds = kept["train_seconds"]
         self._window, self._first_window = list(kept["window"]), kept["first_window"]
 

@@ -198,10 +198,10 @@ def test_the_progress_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     shown = capsys.readouterr().err
     last = shown.replace("\r", "\n").strip().splitlines()[-1]
     assert last.startswith("train: 100%") and "3/3" in last
-    figures = r"loss \d+\.\d{3}, \d+ samples/s, \d+ tokens/s, \d+% of 4N, \d+\.\d GiB"
+    figures = r"loss \d+\.\d{3}, \d+ samples/s, \d+ tokens/s, \d+% of the FLOP limit, \d+\.\d GiB"
     assert re.search(figures, last), last
     assert fitted.rows == 24 and fitted.tokens > fitted.rows and fitted.train_seconds > 0
-    assert 0 < fitted.flop_share < 1
+    assert fitted.flop_share is not None and 0 < fitted.flop_share < 1
 
 
 def test_several_tasks_share_a_brick(tmp_path: Path) -> None:
