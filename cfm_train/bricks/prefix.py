@@ -3,8 +3,9 @@
     attention(q, [K_p; K], [V_p; V])      K_p, V_p learned, everything else frozen
 
 Li and Liang 2021, "Prefix-Tuning", arXiv 2101.00190. A prefix starts as the keys and values that
-real tokens leave behind, as if they had been read before the input; noise trains poorly. With
-``projection`` it is that start plus a small network's output, which the paper found steadier:
+real tokens leave behind, as if they had been read before the input (the paper's choice for few
+data), or as noise. With ``projection`` it is that start plus a small network's output, which the
+paper found steadier to train:
 
     [K_p; V_p] = start + W_2 tanh(W_1 e + b_1) + b_2       W_2 = 0 at first
 

@@ -2,9 +2,10 @@
 
     input = [p_1 … p_n, e(x_1) … e(x_m)]         p learned, everything else frozen
 
-The prompt starts as real tokens, which trains far better than noise: words drawn from the
-vocabulary, or a text that says what the task is. In an encoder-decoder it stands before the
-encoder, as in PEFT, whose format the brick has on disk.
+The prompt starts as words drawn from the vocabulary, as a text that says what the task is, or as
+noise; the paper compares such starts (its section 3.2: wide gaps in small models, none in the
+largest). In an encoder-decoder it stands before the encoder, as in PEFT, whose format the brick has
+on disk.
 """
 
 from __future__ import annotations

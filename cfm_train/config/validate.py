@@ -147,9 +147,7 @@ def _path(config: Any, location: tuple[int | str, ...]) -> list[str]:
     for at, part in enumerate(location):
         if isinstance(config, Mapping) and part in config:
             config = config[part]
-        elif isinstance(config, Mapping) and at == len(location) - 1:
-            pass  # a missing key
-        else:
+        elif not (isinstance(config, Mapping) and at == len(location) - 1):  # no missing key either
             break
         path.append(str(part))
     return path

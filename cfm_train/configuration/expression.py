@@ -10,6 +10,7 @@ back. Two trees are equal if their canonical JSON is: 1, 1.0 and true are three 
 
 from __future__ import annotations
 
+import abc
 import hashlib
 import json
 import math
@@ -37,12 +38,12 @@ Expression: TypeAlias = "BrickRef | Call"
 
 
 @dataclass(frozen=True, eq=False)
-class _Tree:
+class _Tree(abc.ABC):
     """What both kinds of node have in common: identity by canonical JSON."""
 
+    @abc.abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """The node as JSON values."""
-        raise NotImplementedError
 
     def to_json(self) -> str:
         """Canonical JSON: sorted keys, no spaces."""

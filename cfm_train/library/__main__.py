@@ -14,6 +14,7 @@ from typing import Any
 
 from cfm_train.errors import UserError
 from cfm_train.library.card import Card, check_name
+from cfm_train.library.peft_checks import KINDS
 from cfm_train.library.store import Library
 from cfm_train.library.upkeep import GRACE
 
@@ -25,9 +26,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line without the program's name; that of the process if None.
 
     Returns:
-        The exit code: 0, or 2 after one sentence on standard error.
+        The exit code: 0, or 2 after one sentence on standard error (the help, without a command).
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help(sys.stderr)
+        return 2
     problems: list[str] = []
     try:
         root = options.library or os.environ.get("CFM_LIBRARY") or "outputs/library"
@@ -49,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder or fsspec address (default: the variable CFM_LIBRARY, else outputs/library)",
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     def command(name: str, run: Any, text: str, *, ref: str | None = None) -> Any:
         one = commands.add_parser(name, help=text, description=text)
@@ -69,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("folder", metavar="FOLDER", type=Path)
     one.add_argument("--name", required=True, help="the brick's name")
     one.add_argument("--backbone", help="a backbone's name, folder, Hub id or fingerprint")
-    one.add_argument("--kind", choices=("lora", "ia3", "peft"), help="insist on a kind")
+    one.add_argument("--kind", choices=(*KINDS.values(), "peft"), help="insist on a kind")
     one.add_argument("--licence", help="SPDX identifier (default: that of its own model card)")
     command("verify", _verify, "hash everything again", ref="?")
     one = command("lineage", _lineage, "draw what a brick was made from", ref="1")

@@ -71,6 +71,7 @@ class ObjectStorage:
         """Seconds since the newest object of a folder was written, 0 where nobody knows."""
         ages = []
         for name in self.fs.find(self._at(path)) or [self._at(path)]:
+            # Some file systems of fsspec keep no times; another writer may delete what was listed.
             with suppress(NotImplementedError, FileNotFoundError):
                 written = self.fs.modified(name)
                 zone = written if written.tzinfo else written.replace(tzinfo=UTC)
@@ -128,7 +129,8 @@ class ObjectStorage:
         for name in found:
             with suppress(FileNotFoundError):
                 self.fs.rm_file(name)
-        with suppress(FileNotFoundError, NotImplementedError, OSError):
+        # What is left is an empty folder, on the file systems that have folders: no artifact.
+        with suppress(NotImplementedError, OSError):
             self.fs.rm(self._at(path), recursive=True)
 
     def litter(self) -> Iterator[str]:

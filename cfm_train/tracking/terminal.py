@@ -119,7 +119,8 @@ def cost_text(cost: Mapping[str, Any]) -> str:
     """The figures of a record's cost that are there, in one line."""
     parts = []
     if cost["trainable_parameters"] is not None:
-        parts.append(f"{cost['trainable_parameters']:,} trained parameters")
+        what = "parameters" if cost["train_seconds"] is None else "trained parameters"
+        parts.append(f"{cost['trainable_parameters']:,} {what}")
     if cost["train_seconds"] is not None:
         parts.append(f"{cost['train_seconds']:.1f} s of training")
     parts.append(f"{cost['seconds']:.1f} s in all")

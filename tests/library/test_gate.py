@@ -22,6 +22,13 @@ from cfm_train.library.tensorfile import read_header
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
+#: Values that are no numbers, in each format that has them: e4m3fn has NaN but no infinity.
+NOT_FINITE = [
+    (dtype, float(value))
+    for dtype in (*FLOATS, *EIGHT_BITS, torch.complex64)
+    for value in ("nan", "inf", "-inf")
+    if value == "nan" or dtype != torch.float8_e4m3fn
+]
 INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -76,16 +83,10 @@ def test_offsets_agree_with_safetensors_own_parser():
         assert info.shape == tuple(theirs[name].shape)
 
 
-@pytest.mark.parametrize("dtype", [*FLOATS, *EIGHT_BITS, torch.complex64])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(("dtype", "value"), NOT_FINITE)
 def test_a_value_that_is_not_finite_is_refused_by_name(tmp_path, dtype, value):
     tensor = torch.ones(40, 30).to(dtype)
     tensor.view(-1)[777] = value
-    if (
-        not torch.isnan(tensor.to(torch.complex64)).any()
-        and tensor.to(torch.complex64).isfinite().all()
-    ):
-        pytest.skip(f"{dtype} has no infinity: it became the largest value")
     path = write(tmp_path, save({"fine": torch.ones(2), "layer.0.lora_B": tensor}))
     with pytest.raises(UserError, match=r"1 of the values of tensor 'layer\.0\.lora_B'"):
         gate.check_tensors(path)

@@ -159,7 +159,7 @@ def test_wrong_input_is_one_sentence(
 
 
 def test_unknown_commands_exit_with_2():
-    for arguments in ([], ["lss"], ["show"], ["add", "x"]):
+    for arguments in (["lss"], ["show"], ["add", "x"]):
         with pytest.raises(SystemExit) as caught:
             main(arguments)
         assert caught.value.code == 2
@@ -341,3 +341,11 @@ def test_the_output_can_be_cut_short(filled):
     )
     job = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert job.stdout == "[\n" and "Traceback" not in job.stderr
+
+
+def test_without_a_command_it_tells_what_there_is(capsys):
+    assert main([]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    for line in ("ls ", "verify ", "list the bricks", "hash everything again"):
+        assert line in said.err

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from demo_records import TASKS, cell, figure, quickstart, trained
 
-from cfm_train.tracking.terminal import print_matrix, print_run, score_text
+from cfm_train.tracking.terminal import cost_text, print_matrix, print_run, score_text
 
 
 class Terminal(io.StringIO):
@@ -107,6 +107,8 @@ def test_summary_of_a_run(tmp_path: Path) -> None:
     assert row[1] == "88.0" and row[-1] == "250"
     assert "119,456 trained parameters, 9.5 s of training, 14.2 s in all, 412 samples/s" in text
     assert "1 check passed" in text
+    merged = {**record["cost"], "train_seconds": None, "samples_per_second": None}
+    assert cost_text(merged).startswith("119,456 parameters, 14.2 s in all")
     record["checks"]["logits"] = {"value": 1.0, "tolerance": 1e-5, "passed": False}
     record["status"], record["error"] = "failed", "loss is [bold]NaN[/bold]"
     for out in (io.StringIO(), Terminal()):
