@@ -51,7 +51,13 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     from cfm_train.data.encode import encode
     from cfm_train.evaluation.floor import floor_of
     from cfm_train.evaluation.matrix import heads_of, row
-    from cfm_train.operations.setting import open_backbone, tracked, unchanged
+    from cfm_train.operations.setting import (
+        backbone_entries,
+        brick_entry,
+        open_backbone,
+        tracked,
+        unchanged,
+    )
     from cfm_train.paths import cache_dir
     from cfm_train.training.cost import peak_memory
 
@@ -89,14 +95,9 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
         wandb.summary({name: figure["value"] for name, figure in metrics.items()})
     card = selection.card_of(selection.trees[0]) if len(selection.trees) == 1 else None
     return {
-        "brick": brick_entry(card, selection) if card is not None else None,
-        "backbone": {
-            "id": backbone.id,
-            "fingerprint": backbone.fingerprint,
-            "unchanged": same,
-        },
+        "brick": brick_entry(card, selection.library) if card is not None else None,
+        **backbone_entries(backbone, same),
         "metrics": metrics,
-        "checks": {"backbone unchanged": {"value": same, "tolerance": None, "passed": same}},
         "cost": {"peak_memory_bytes": peak_memory()},
         "matrix": matrix,
         "wandb": wandb.as_record(),
@@ -108,13 +109,3 @@ def role_of(card: Any) -> str:
     if card is None or card.operation == "merge":
         return "merged"
     return "ceiling" if len(card.heads) > 1 else "brick"
-
-
-def brick_entry(card: Any, selection: Selection) -> dict[str, Any]:
-    """A stored brick as records name it."""
-    return {
-        "name": card.name,
-        "version": card.version,
-        "path": str(selection.library.folder(card)),
-        "parents": card.parents,
-    }

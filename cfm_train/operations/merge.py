@@ -62,7 +62,13 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     from cfm_train.bricks.stored import store
     from cfm_train.configuration.apply import assemble, merge_bricks, merge_rule
     from cfm_train.configuration.expression import Call
-    from cfm_train.operations.setting import open_backbone, tracked, unchanged
+    from cfm_train.operations.setting import (
+        backbone_entries,
+        brick_entry,
+        open_backbone,
+        tracked,
+        unchanged,
+    )
     from cfm_train.training.cost import peak_memory
 
     selection = inputs.selection
@@ -107,22 +113,11 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     weighted = [
         {**parent, "weight": shares[f"{parent['name']}@{parent['version']}"]} for parent in parents
     ]
+    entries = backbone_entries(backbone, same)
+    entries["checks"] |= promises
     return {
-        "brick": {
-            "name": card.name,
-            "version": card.version,
-            "path": str(selection.library.folder(card)),
-            "parents": weighted,
-        },
-        "backbone": {
-            "id": backbone.id,
-            "fingerprint": backbone.fingerprint,
-            "unchanged": same,
-        },
-        "checks": {
-            "backbone unchanged": {"value": same, "tolerance": None, "passed": same},
-            **promises,
-        },
+        "brick": brick_entry(card, selection.library, weighted),
+        **entries,
         "cost": {
             "peak_memory_bytes": peak_memory(),
             "trainable_parameters": sum(p.numel() for p in merged.parameters()),

@@ -88,8 +88,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     from cfm_train.configuration.apply import assemble
     from cfm_train.data.answers import encoded as encoded_answers
     from cfm_train.data.encode import encode_rows
-    from cfm_train.operations.evaluate import brick_entry
-    from cfm_train.operations.setting import open_backbone, unchanged
+    from cfm_train.operations.setting import backbone_entries, brick_entry, open_backbone, unchanged
     from cfm_train.paths import cache_dir
     from cfm_train.tracking.atomic import replace_file
     from cfm_train.training.cost import peak_memory
@@ -116,13 +115,8 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     card = selection.card_of(selection.trees[0])
     print(f"{len(answers)} answers: {inputs.out}")
     return {
-        "brick": None if card is None else brick_entry(card, selection),
-        "backbone": {
-            "id": backbone.id,
-            "fingerprint": backbone.fingerprint,
-            "unchanged": same,
-        },
-        "checks": {"backbone unchanged": {"value": same, "tolerance": None, "passed": same}},
+        "brick": None if card is None else brick_entry(card, selection.library),
+        **backbone_entries(backbone, same),
         "cost": {
             "samples_per_second": len(answers) / max(seconds, 1e-9),
             "peak_memory_bytes": peak_memory(),

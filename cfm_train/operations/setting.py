@@ -11,6 +11,8 @@ from cfm_train.backbone.spec import ResolvedBackbone
 
 if TYPE_CHECKING:
     from cfm_train.backbone.load import Backbone
+    from cfm_train.library.card import Card
+    from cfm_train.library.store import Library
     from cfm_train.tracking.wandb_run import WandbRun
 
 
@@ -52,6 +54,33 @@ def unchanged(backbone: Backbone, before: str, resolved: ResolvedBackbone) -> bo
     from cfm_train.backbone.fingerprint import fingerprint
 
     return backbone.checksum() == before and fingerprint(resolved.folder) == backbone.fingerprint
+
+
+def brick_entry(card: Card, library: Library, parents: list[Any] | None = None) -> dict[str, Any]:
+    """A stored brick as records name it; ``parents`` in place of those in its card."""
+    return {
+        "name": card.name,
+        "version": card.version,
+        "path": str(library.folder(card)),
+        "parents": card.parents if parents is None else parents,
+    }
+
+
+def backbone_entries(backbone: Backbone, same: bool) -> dict[str, dict[str, Any]]:
+    """What every record says of its backbone: ``backbone``, and the first of its ``checks``.
+
+    Args:
+        backbone: the backbone.
+        same: what `unchanged` found.
+    """
+    return {
+        "backbone": {
+            "id": backbone.id,
+            "fingerprint": backbone.fingerprint,
+            "unchanged": same,
+        },
+        "checks": {"backbone unchanged": {"value": same, "tolerance": None, "passed": same}},
+    }
 
 
 @contextmanager

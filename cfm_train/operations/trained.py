@@ -41,26 +41,16 @@ def record_of(
         floor: those of the lower bound, where it was asked for.
         same: whether the backbone is what it was.
     """
+    from cfm_train.operations.setting import backbone_entries, brick_entry
     from cfm_train.training.cost import peak_memory
 
+    entries = backbone_entries(backbone, same)
+    entries["checks"]["unplugged equals bare"] = judged.unplugged
     seconds = max(fitted.train_seconds, 1e-9)
     return {
-        "brick": {
-            "name": card.name,
-            "version": card.version,
-            "path": str(library.folder(card)),
-            "parents": [],
-        },
-        "backbone": {
-            "id": backbone.id,
-            "fingerprint": backbone.fingerprint,
-            "unchanged": same,
-        },
+        "brick": brick_entry(card, library),
+        **entries,
         "metrics": judged.figures() | (floor.figures("floor") if floor else {}),
-        "checks": {
-            "backbone unchanged": {"value": same, "tolerance": None, "passed": same},
-            "unplugged equals bare": judged.unplugged,
-        },
         "cost": {
             "train_seconds": fitted.train_seconds,
             "samples_per_second": fitted.rows / seconds,
