@@ -1,7 +1,8 @@
 """Attention for training on short rows on a CPU in half precision.
 
-PyTorch's fused CPU attention has a slow backward pass in bfloat16: at 26 tokens it takes ten times
-as long as the plain formula, at 128 five times, and from about 256 on it is worth its memory.
+PyTorch's fused CPU attention has a slow backward pass in bfloat16. Forward and backward of about
+1,024 tokens in 12 heads of width 32, on one thread of an AMD EPYC: in rows of 26 tokens it takes
+seven times as long as the plain formula, of 128 three times, of 256 about as long.
 So where gradients flow through short rows, the formula is computed as it is written:
 
     softmax(q kᵀ · scale + bias, masked) v          (Vaswani et al. 2017, arXiv 1706.03762)

@@ -19,8 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-POOLINGS = ("mean", "last", "first", "none")
-
 
 def pool(hidden_states: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
     """One vector for each row.

@@ -19,7 +19,7 @@ from cfm_train.errors import UserError, nearest
 from cfm_train.library.peft_catalogue import config_fields
 from cfm_train.library.peft_checks import DESCRIPTIVE, HARMLESS_INIT
 
-#: Tuners that are kinds of our own, which train faster and share a forward with others.
+#: Tuners that are kinds of our own, which share a forward with others.
 OURS = {"lora": "lora", "ia3": "ia3"}
 
 _OWN = "it is a kind of our own: choose brick={} instead"

@@ -1,7 +1,7 @@
 """The lower bound: the bare backbone with a head trained alone, on the same budget as a brick.
 
-The backbone is frozen, so its features are computed once and the head trains on them: the very
-numbers that training it on top of the running backbone would give, at a fraction of the cost.
+The backbone is frozen, so its features are computed once and the head trains on them. Up to
+rounding it comes to what training on top of the running backbone would give.
 """
 
 from __future__ import annotations

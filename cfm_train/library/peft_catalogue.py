@@ -1,7 +1,7 @@
 """Which tuner types and config keys the installed PEFT knows, read from its source with `ast`.
 
-Importing PEFT means importing torch and transformers: four seconds, where `library add` needs to
-know only whether a key of an ``adapter_config.json`` would be passed over.
+Importing PEFT means importing torch and transformers, where `library add` needs to know only
+whether a key of an ``adapter_config.json`` would be passed over.
 """
 
 from __future__ import annotations

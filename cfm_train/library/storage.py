@@ -108,7 +108,7 @@ def open_storage(root: str | Path) -> Storage:
     """
     text = str(root).removeprefix("file://")
     if "://" in text:
-        from cfm_train.library.objects import ObjectStorage  # fsspec: 0.1 s that a folder saves
+        from cfm_train.library.objects import ObjectStorage  # fsspec: a folder does without
 
         return ObjectStorage(text)
     from cfm_train.library.local import LocalStorage

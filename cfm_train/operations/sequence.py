@@ -22,7 +22,7 @@ class Inputs:
 
     Attributes:
         configs: the validated config of each step.
-        fingerprints: content hashes of what the first step reads.
+        fingerprints: content hashes of what the training steps read.
     """
 
     configs: list[dict[str, Any]]
@@ -30,7 +30,7 @@ class Inputs:
 
 
 def check(config: dict[str, Any]) -> Inputs:
-    """Composes and validates every step, and checks the first against the world.
+    """Composes and validates every step, and checks those that train against the world.
 
     Raises:
         UserError: a step is wrong; its number is named.
