@@ -12,9 +12,9 @@ import cfm_train
 from cfm_train.bricks.stored import store
 from cfm_train.errors import UserError
 from cfm_train.library.store import Library
-from cfm_train.merging.linear import merge
 from tests.backbones import folder, randomise, section, tiny
 from tests.brick_laws import plugged
+from tests.merging.merges import merged
 from tests.tasks import task_data
 from tests.training.runs import new_brick
 
@@ -105,7 +105,7 @@ def test_an_expression_is_the_merge(tmp_path: Path) -> None:
     parts = [open_brick(Library(tmp_path).find(n), Library(tmp_path), backbone) for n in "ab"]
     ids = torch.arange(3, 12)[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    expected = plugged(backbone, [merge(parts, [0.3, 0.7], backbone)], inputs)
+    expected = plugged(backbone, [merged("linear", parts, [0.3, 0.7], backbone).brick], inputs)
     with torch.inference_mode():
         assert torch.equal(model.backbone.hidden_states(**inputs), expected)
         values = parts[1].head_for("regression")(expected, inputs["attention_mask"])
@@ -121,10 +121,10 @@ def test_what_load_refuses(tmp_path: Path) -> None:
         ("a", {"head": "clasification"}, "no head 'clasification'. Did you mean 'classification'"),
         ("bodies", {"head": "x"}, "has no head 'x'"),
         (None, {"head": "x"}, "head 'x' belongs to a brick"),
-        ("merge(linar, [a, b])", {}, "no merge rule 'linar'. Did you mean 'linear'"),
-        ("merge(linear, [a, b], density=0.2)", {}, "does not know the parameter 'density'"),
-        ("merge(linear, [a, b], weights=0.5)", {}, "is no list of numbers"),
-        ("merge(linear, [a, b], weights=[x, y])", {}, "is no list of numbers"),
+        ("merge(linar, [a, b])", {}, "no rule 'linar'. Did you mean 'linear'"),
+        ("merge(linear, [a, b], density=0.2)", {}, "no key|does not know the parameter 'density'"),
+        ("merge(linear, [a, b], weights=0.5)", {}, "is no list"),
+        ("merge(linear, [a, b], weights=[x, y])", {}, "is no finite number"),
         ("stitch([a, b])", {}, "cannot be applied"),
         ("c", {}, "c"),
     ):

@@ -153,9 +153,9 @@ class SiteMap(Mapping[str, Site]):
         wanted: set[str] = set()
         for pattern in patterns:
             for name, reason in self.absent.items():
-                if _fits(pattern, name) and self._inside(name, layers):
+                if fits(pattern, name) and self._inside(name, layers):
                     raise UserError(reason)
-            found = [name for name in self._sites if _fits(pattern, name)]
+            found = [name for name in self._sites if fits(pattern, name)]
             if not found:
                 hint = nearest(pattern, _tails(self._sites))
                 raise UserError(f"The backbone has no site '{pattern}'.{hint}")
@@ -202,7 +202,7 @@ def _place(name: str) -> tuple[str, int | None]:
     return stack, int(parts[1]) if parts[0] == "layer" else None
 
 
-def _fits(pattern: str, name: str) -> bool:
+def fits(pattern: str, name: str) -> bool:
     """Whether a pattern fits the end of a name, with or without the name's layer numbers."""
     parts = pattern.split(".")
     if name.rsplit(".", 1)[-1] in WHOLES and any(c in parts[-1] for c in "*?["):

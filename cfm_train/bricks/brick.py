@@ -65,6 +65,8 @@ class Brick(nn.Module, ABC):
         kind: the kind's name, that of its file and of its YAML.
         granularity: ``neuron``, ``neuron_group``, ``layer`` or ``model``.
         starts_as_identity: whether a new brick leaves every logit as it was, to the bit.
+        neutral: the value of every parameter with which the kind does nothing (merging measures
+            updates from there).
         trains: whether the kind is trained; else `fit_without_training` makes it (a task vector).
         hyper: the hyper-parameters, as plain JSON values.
         heads: the heads by task name.
@@ -74,6 +76,7 @@ class Brick(nn.Module, ABC):
     kind: ClassVar[str]
     granularity: ClassVar[str] = "layer"
     starts_as_identity: ClassVar[bool] = True
+    neutral: ClassVar[float] = 0.0
     trains: ClassVar[bool] = True
 
     hyper: dict[str, Any]

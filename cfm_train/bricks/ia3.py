@@ -14,7 +14,7 @@ import functools
 import itertools
 import json
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from safetensors.torch import load, save
@@ -49,6 +49,8 @@ class IA3(Brick):
         inputs: patterns of linear sites whose input is scaled, such as ``ffn.down``.
         layers: numbers of the layers to use, negative ones from the top; None for all.
     """
+
+    neutral: ClassVar[float] = 1.0
 
     def __init__(self, sites: list[str], inputs: list[str], layers: list[int] | None) -> None:
         super().__init__(sites=sites, inputs=inputs, layers=layers)

@@ -114,20 +114,32 @@ def _set(tree: Any, path: list[str], value: str) -> None:
     tree[path[-1]] = value
 
 
-def option(group: str, name: str, /, **values: Any) -> dict[str, Any]:
+def option(
+    group: str,
+    name: str,
+    /,
+    package: str | None = None,
+    choices: Mapping[str, str] | None = None,
+    **values: Any,
+) -> dict[str, Any]:
     """One option of a group as a plain dict, such as the data section of a task named in a list.
 
     Args:
         group: a folder of ``conf/``.
         name: an option in it.
+        package: the section that its file fills, where that is not named like the group.
+        choices: options of other groups that the file builds on, in place of those it names.
         **values: keys that replace the option's own, before interpolations are resolved.
 
     Raises:
         UserError: there is no such option, or it has no such key.
     """
     _check_choice(group, name)
+    for other, choice in (choices or {}).items():
+        _check_choice(other, choice)
+    overrides = [f"{other}={choice}" for other, choice in (choices or {}).items()]
     with hydra_session(), sentences.translated():
-        node = hydra_compose(f"{group}/{name}").get(group)
+        node = hydra_compose(f"{group}/{name}", overrides).get(package or group)
         for key, value in values.items():
             if key not in node.keys():  # noqa: SIM118 ("in" alone hides a key that is missing)
                 hint = nearest(f"{group}.{key}", (f"{group}.{known}" for known in node))

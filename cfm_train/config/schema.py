@@ -13,7 +13,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from cfm_train.config.merging import Merging
 from cfm_train.config.quoting import TextKind
+from cfm_train.config.section import Section
 from cfm_train.config.types import (
     Count,
     Fraction,
@@ -30,12 +32,6 @@ SHA256 = "^[0-9a-f]{64}$"
 
 #: What a pattern means, for the person whose text does not fit it.
 PATTERNS = {NAME: "a name without slashes", SHA256: "64 hexadecimal digits"}
-
-
-class Section(BaseModel):
-    """A mapping of the config: every key named here must be there, and no other."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
 class Tracking(Section):
@@ -208,8 +204,8 @@ class Merge(Run):
 
     backbone: Backbone | None
     bricks: list[str]
-    weights: list[float] | None
-    rule: Literal["linear"]
+    weights: list[float | list[float]] | None
+    merge: Merging
 
 
 class StitchLayers(Run):

@@ -75,6 +75,17 @@ def arguments(room: str, kind: str, base: str) -> dict[str, Any]:
     return {argument.arg: _annotation(path, node.name, argument) for argument in given}
 
 
+@functools.cache
+def constants(room: str, kind: str, base: str) -> dict[str, Any]:
+    """The literal values that a method's class sets, such as ``fewest = 2``, by name."""
+    found = _find(paths.PACKAGE / room / f"{kind}.py", base)
+    values: dict[str, Any] = {}
+    for part in found[1].body if found else ():
+        if isinstance(part, ast.Assign) and isinstance(part.value, ast.Constant):
+            values |= {t.id: part.value.value for t in part.targets if isinstance(t, ast.Name)}
+    return values
+
+
 def _annotation(path: Path, owner: str, argument: ast.arg) -> Any:
     where = f"{path}: {owner}.__init__({argument.arg})"
     if argument.annotation is None:

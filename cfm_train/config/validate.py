@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ValidationError, create_model
 from pydantic_core import ErrorDetails
 
-from cfm_train.config import schema, signature
+from cfm_train.config import merging, schema, signature
 from cfm_train.config.quoting import TextKind
 from cfm_train.config.sentences import value
 from cfm_train.errors import UserError, nearest
@@ -77,8 +77,12 @@ def validate(config: Mapping[str, Any], *, missing_allowed: bool = False) -> dic
 
 
 def model_of(config: Mapping[str, Any]) -> type[schema.Run]:
-    """The schema of a config's operation, with the parameters of its brick kind in it."""
+    """The schema of a config's operation, with its brick kind's or merge's parameters in it."""
     model = schema.OPERATIONS[config["operation"]]
+    if "merge" in model.model_fields and isinstance(config.get("merge"), Mapping):
+        merging.check_methods(config["merge"])
+        chosen = merging.model_of(config["merge"]["rule"], config["merge"]["sparsify"])
+        return create_model(model.__name__, __base__=model, merge=(chosen, ...))
     section = config.get("brick")
     if "brick" not in model.model_fields or not isinstance(section, Mapping):
         return model

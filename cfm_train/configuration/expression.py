@@ -27,7 +27,9 @@ FUNCTIONS = {"merge": True, "stitch": False, "route": True}
 
 #: Texts that need no quotes where a value stands.
 WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_.+-]*")
-_RULE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+#: A rule, or one of its presets: ``ties``, ``ties/mergekit``.
+_RULE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(/[A-Za-z_][A-Za-z0-9_]*)?")
 _PREFIX = re.compile(r"[0-9a-f]{1,12}")
 #: Words that mean something else than themselves.
 CONSTANTS: dict[str, bool | None] = {"true": True, "false": False, "null": None}
@@ -128,7 +130,7 @@ class Call(_Tree):
             raise UserError(f"{self.fn} has nothing to combine: its list is empty.")
         names = [name for name, _ in self.params]
         for name in names:
-            if not _RULE.fullmatch(name):
+            if not _WORD.fullmatch(name):
                 raise UserError(
                     f"'{name}' cannot be a parameter of {self.fn}: parameters are plain words."
                 )

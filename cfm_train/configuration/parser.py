@@ -29,7 +29,7 @@ from cfm_train.errors import UserError, nearest
 
 _TOKEN = re.compile(
     r"""(?P<space>\s+)
-      | (?P<word>[A-Za-z0-9_.@+-]+)
+      | (?P<word>[A-Za-z0-9_.@+/-]+)
       | (?P<quoted>"(?:[^"\\]|\\.)*"|'[^'\\]*')
       | (?P<mark>[()\[\],=])""",
     re.VERBOSE | re.ASCII,

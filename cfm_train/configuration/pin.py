@@ -1,9 +1,11 @@
-"""Pinning: every brick of a tree gets the full version that its name means now."""
+"""Pinning: every brick of a tree gets the full version that its name means now, and every
+combination all of its parameters."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
+from cfm_train.config import merging
 from cfm_train.configuration.expression import BrickRef, Call, Expression
 from cfm_train.library.card import Card
 
@@ -16,19 +18,35 @@ class Finder(Protocol):
 
 
 def pin(tree: Expression, library: Finder) -> Expression:
-    """The same tree with all versions written out.
+    """The same tree with all versions and parameters written out.
 
     Args:
         tree: a tree as it was parsed.
         library: where the bricks lie.
 
     Returns:
-        A tree whose text, JSON and digest mean the same bricks for ever.
+        A tree whose text, JSON and digest mean the same for ever.
 
     Raises:
-        UserError: a brick does not exist, or its version is ambiguous.
+        UserError: a brick does not exist, or its version is ambiguous, or a parameter is wrong.
     """
     if isinstance(tree, BrickRef):
         card = library.find(str(tree))
         return BrickRef(card.name, card.version)
-    return Call(tree.fn, tree.rule, tuple(pin(arg, library) for arg in tree.args), tree.params)
+    rule, params = tree.rule, tree.params
+    if tree.fn == "merge":
+        rule, params = _all_parameters(str(rule), dict(params), len(tree.args))
+    return Call(tree.fn, rule, tuple(pin(arg, library) for arg in tree.args), params)
+
+
+def _all_parameters(
+    rule: str, given: dict[str, Any], count: int
+) -> tuple[str, tuple[tuple[str, Any], ...]]:
+    """A merge's rule (of a preset's name) and parameters, with the defaults of its YAML."""
+    weights = given.pop("weights", None)
+    full = merging.complete(rule, given)
+    name = full.pop("rule")
+    merging.check_count(name, count)
+    if weights is not None or full["equal"] is not None:
+        full["weights"] = merging.default_weights(weights, count, full["equal"], name)
+    return name, tuple(full.items())

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cfm_train.backbone.fingerprint import tokenizer_hash
-from cfm_train.configuration.expression import BrickRef, Expression
+from cfm_train.config import merging
+from cfm_train.configuration.expression import BrickRef, Call, Expression
 from cfm_train.errors import UserError
-from cfm_train.library.card import check_name
+from cfm_train.library.card import Card, check_name
+from cfm_train.merging.weights import check_filters, check_weights
 from cfm_train.operations.selection import Selection, select
 from cfm_train.tracking.wandb_run import resolve_mode
+
+#: Kinds that stand for a configuration: what they are made of decides.
+COMPOSED = frozenset({"stitch"})
 
 
 @dataclass(frozen=True)
@@ -21,12 +26,14 @@ class Inputs:
 
     Attributes:
         selection: bricks and backbone.
-        weights: one number for each brick.
+        tree: the merge with all its parameters.
+        section: the parameters alone.
         fingerprints: content hashes for the config hash.
     """
 
     selection: Selection
-    weights: list[float]
+    tree: Call
+    section: dict[str, Any]
     fingerprints: dict[str, str]
 
 
@@ -39,29 +46,50 @@ def check(config: dict[str, Any]) -> Inputs:
     check_name(config["name"])
     resolve_mode(config["tracking"]["mode"])
     selection = select(config)
-    if len(selection.trees) < 2:
-        raise UserError("A merge needs at least two bricks, as in bricks=[sst2,trec].")
-    weights = config["weights"]
-    if weights is None:
-        weights = [1 / len(selection.trees)] * len(selection.trees)
-    if len(weights) != len(selection.trees):
-        raise UserError(
-            f"weights has {len(weights)} numbers for {len(selection.trees)} bricks: give one each."
-        )
-    kinds = {card.kind for card in selection.cards.values()}
+    section = dict(config["merge"])
+    if section["seed"] is None:
+        section["seed"] = config["seed"]
+    rule, count = section["rule"], len(selection.trees)
+    merging.check_count(rule, count)
+    weights = merging.default_weights(config["weights"], count, section["equal"], rule)
+    check_weights(weights, count)
+    check_filters(section["filters"], count)
+    check_cards(list(selection.cards.values()), section)
+    parameters = {k: v for k, v in section.items() if k != "rule"}
+    if section["equal"] is not None:
+        parameters["weights"] = weights
+    tree = Call("merge", rule, tuple(selection.trees), tuple(parameters.items()))
+    selection.library.check_writable()
+    return Inputs(selection, tree, section, selection.fingerprints)
+
+
+def check_cards(cards: Sequence[Card], section: Mapping[str, Any]) -> None:
+    """Refuses what can be seen from the cards: kinds and options that do not go together.
+
+    Raises:
+        UserError: the bricks have no common form in the space.
+    """
+    kinds = sorted({card.kind for card in cards} - COMPOSED)
     if len(kinds) > 1:
         raise UserError(
-            f"Bricks of the kinds {' and '.join(sorted(kinds))} cannot be averaged: use one kind."
+            f"Bricks of the kinds {' and '.join(kinds)} cannot be merged: use one kind, or plug "
+            "both (recipe=stitch/sum)."
         )
-    selection.library.check_writable()
-    return Inputs(selection, [float(w) for w in weights], selection.fingerprints)
+    space = section["space"]
+    if kinds and kinds[0] != "lora" and space not in ("auto", "parameters"):
+        raise UserError(
+            f"merge.space={space} is for low-rank updates, and bricks of kind {kinds[0]} have "
+            "none: use merge.space=parameters."
+        )
 
 
 def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     """Merges and stores; returns the record's own part."""
     from cfm_train.bricks.stored import store
-    from cfm_train.configuration.apply import assemble, merge_bricks, merge_rule
-    from cfm_train.configuration.expression import Call
+    from cfm_train.configuration.apply import assemble
+    from cfm_train.merging.engine import merge
+    from cfm_train.merging.invariants import try_promises
+    from cfm_train.merging.mix import make_mix
     from cfm_train.operations.setting import (
         backbone_entries,
         brick_entry,
@@ -75,16 +103,18 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     # Merge arithmetic is done in float32 and cast once, so the backbone's dtype does not matter.
     backbone, before = open_backbone(selection.backbone, selection.section)
     bodies = [assemble(tree, selection.library, backbone) for tree in selection.trees]
+    mix = make_mix(inputs.section)
+    tree = inputs.tree
+    weights = merging.thawed(dict(tree.params)).get("weights")
+    sources = [str(part) for part in selection.trees]
     with tracked(config, folder) as wandb:
-        merged = merge_bricks(config["rule"], bodies, inputs.weights, backbone)
-        tree = Call(
-            "merge", config["rule"], tuple(selection.trees), (("weights", tuple(inputs.weights)),)
-        )
+        result = merge(bodies, weights, mix, backbone, sources=sources)
+        merged = result.brick
         parents = [
             {"name": card.name, "version": card.version} for card in selection.cards.values()
         ]
         recipes = {card.ref: card.recipe for card in selection.cards.values()}
-        promises = merge_rule(config["rule"]).invariants(bodies, backbone)
+        promises = try_promises(bodies, weights, mix, backbone, sources=sources)
         card = store(
             merged,
             selection.library,
@@ -106,10 +136,17 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
             {"version": card.version, "expression": str(tree)},
         )
     print(f"{card.ref} = {tree}")
+    if result.lost is not None:
+        rank = merged.hyper["rank"]
+        print(f"cut to rank {rank}: up to {result.lost:.1%} of a site's update (norm) left out")
+        promises["update left out by the cut to a rank"] = {
+            "value": result.lost,
+            "tolerance": None,
+            "passed": True,
+        }
     shares: dict[str, float] = {}
-    for part, weight in zip(selection.trees, inputs.weights, strict=True):
-        for ref, share in parts_of(part, weight):
-            shares[ref] = shares.get(ref, 0.0) + share
+    for ref, share in parts_of(tree, 1.0):
+        shares[ref] = shares.get(ref, 0.0) + share
     weighted = [
         {**parent, "weight": shares[f"{parent['name']}@{parent['version']}"]} for parent in parents
     ]
@@ -127,11 +164,15 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
 
 
 def parts_of(tree: Expression, weight: float) -> Iterator[tuple[str, float]]:
-    """The bricks of a configuration that is given a weight, and how much of it falls on each."""
+    """The bricks of a configuration that is given a weight, and how much of it falls on each: λ
+    times the weights, whose mean stands for weights over depth."""
     if isinstance(tree, BrickRef):
         yield str(tree), weight
         return
-    given = dict(tree.params).get("weights")
+    params = dict(tree.params)
+    given = params.get("weights")
+    scale = params.get("scale", 1.0)
     shares = given if isinstance(given, tuple) else [1 / len(tree.args)] * len(tree.args)
     for part, share in zip(tree.args, shares, strict=True):
-        yield from parts_of(part, weight * float(share))  # type: ignore[arg-type]
+        mean = sum(share) / len(share) if isinstance(share, tuple) else share  # type: ignore[arg-type]
+        yield from parts_of(part, weight * float(mean) * float(scale))  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from cfm_train import paths
 from cfm_train.config import schema, signature
 from cfm_train.config.catalogue import groups, recipes
 from cfm_train.config.compose import as_yaml, compose, expand, option
+from cfm_train.config.merging import ROOMS, Merging, complete, methods, own_arguments
 from cfm_train.config.quoting import decode
 from cfm_train.config.validate import MISSING, brick_model, leaves, validate
 from cfm_train.errors import UserError
@@ -60,9 +61,24 @@ def test_every_option_fits_its_schema(group: str, name: str) -> None:
     given = {"name": "x"} if (group, name) == ("data", "custom") else {}
     given |= {"path": "x"} if (group, name) == ("backbone", "hf") else {}
     given |= {"learning_rate": 0.1} if group == "trainer" else {}
+    if group == "sparsify":
+        complete("linear", {"sparsify": name})
+        return
+    if group == "rule":
+        complete(name, {})
+        return
     section = option(group, name, **given)
     kind = brick_model(section["kind"]) if group == "brick" else SECTIONS[group]
     kind.model_validate(section)
+
+
+@pytest.mark.parametrize("key", ["rule", "sparsify"])
+def test_every_merge_method_has_a_yaml_and_parameters_of_its_own(key: str) -> None:
+    assert set(methods(key)) <= groups()[key].keys()
+    other = "sparsify" if key == "rule" else "rule"
+    taken = {p for name in methods(other) for p in own_arguments(ROOMS[other][0], name)}
+    for name in methods(key):
+        assert not own_arguments(ROOMS[key][0], name).keys() & (taken | Merging.model_fields.keys())
 
 
 @pytest.mark.parametrize("kind", signature.kinds("bricks", "Brick"))

@@ -1,0 +1,156 @@
+"""The flat parameters of a merge: what a rule, a sparsifier and all merges have, and their
+defaults.
+
+``merge.density`` belongs to the sparsifier, ``merge.elect`` to the rule ties, ``merge.space`` to
+every merge; the names of the three never meet (tested). The defaults stand in ``conf/rule/`` and
+``conf/sparsify/``. No torch here.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import ConfigDict, ValidationError, create_model
+
+from cfm_train.config import signature
+from cfm_train.config.section import Section
+from cfm_train.config.types import Count, Positive
+from cfm_train.errors import UserError, nearest
+
+#: Where a method's file lies and which class it derives from.
+ROOMS = {"rule": ("merging", "Rule"), "sparsify": ("merging/sparsify", "Sparsifier")}
+
+
+class Merging(Section):
+    """What every merge has; the parameters of its rule and sparsifier are added (see
+    `model_of`)."""
+
+    model_config = ConfigDict(extra="allow")
+
+    rule: str
+    sparsify: str
+    space: Literal["auto", "delta", "core", "knots", "cat", "parameters"]
+    scope: Literal["tensor", "layer", "brick"]
+    rank: Positive | None
+    fold: Literal["sqrt", "b"]
+    scale: float
+    normalize: bool
+    equal: Literal["mean", "one"] | None
+    filters: list[list[Any]] | None
+    seed: Count | None
+
+
+def own_arguments(room: str, name: str) -> dict[str, Any]:
+    """The parameters of a rule or sparsifier with their types, from its source."""
+    base = next(base for known, base in ROOMS.values() if known == room)
+    return signature.arguments(room, name, base)
+
+
+def methods(key: str) -> tuple[str, ...]:
+    """The rules (``rule``) or sparsifiers (``sparsify``) that exist."""
+    room, base = ROOMS[key]
+    return signature.kinds(room, base)
+
+
+@functools.cache
+def model_of(rule: str, sparsify: str) -> type[Merging]:
+    """The schema of merges by a rule with a sparsifier."""
+    fields: dict[str, Any] = {"rule": (Literal[rule], ...), "sparsify": (Literal[sparsify], ...)}
+    for key, name in (("rule", rule), ("sparsify", sparsify)):
+        fields |= {k: (v, ...) for k, v in own_arguments(ROOMS[key][0], name).items()}
+    model = create_model(f"Merging_{rule}_{sparsify}", __base__=Merging, **fields)
+    model.model_config["extra"] = "forbid"
+    model.model_rebuild(force=True)
+    return model
+
+
+def check_methods(parameters: Mapping[str, Any], prefix: str = "merge.") -> None:
+    """Refuses a rule or sparsifier that does not exist.
+
+    Raises:
+        UserError: with the nearest one.
+    """
+    for key in ROOMS:
+        name = parameters.get(key)
+        if name not in methods(key):
+            raise UserError(
+                f"{prefix}{key}: there is no {key} '{name}'.{nearest(str(name), methods(key))}"
+            )
+
+
+def check(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Every parameter in the type that its method names.
+
+    Raises:
+        UserError: one is unknown, missing or does not fit.
+    """
+    check_methods(parameters, prefix="merge: ")
+    model = model_of(parameters["rule"], parameters["sparsify"])
+    try:
+        return model.model_validate(thawed(parameters)).model_dump()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    key = ".".join(map(str, first["loc"][:1]))
+    if first["type"] == "extra_forbidden":
+        raise UserError(
+            f"merge({parameters['rule']}, …) does not know the parameter '{key}'."
+            f"{nearest(key, model.model_fields)}"
+        )
+    if first["type"] == "missing":
+        raise UserError(f"merge({parameters['rule']}, …) lacks the parameter '{key}'.")
+    message = first["msg"].removeprefix("Input should be ")
+    raise UserError(f"merge({parameters['rule']}, …): {key} must be {message}.")
+
+
+def check_count(rule: str, count: int, what: str = "bricks") -> None:
+    """Refuses a number of inputs that a rule does not take.
+
+    Raises:
+        UserError: too few or too many.
+    """
+    facts = signature.constants("merging", rule, "Rule")
+    fewest, most = facts.get("fewest", 1), facts.get("most")
+    if count < fewest or (most is not None and count > most):
+        takes = f"exactly {fewest}" if fewest == most else f"at least {fewest}"
+        raise UserError(f"rule={rule} takes {takes} {what}, and there are {count}.")
+
+
+def default_weights(given: object, count: int, equal: str | None, rule: str) -> object:
+    """The weights as given, or the rule's own where none are.
+
+    Raises:
+        UserError: weights for a rule that takes none.
+    """
+    if given is None:
+        return [1 / count if equal == "mean" else 1.0] * count
+    if equal is None:
+        raise UserError(f"rule={rule} takes no weights: leave weights out.")
+    return given
+
+
+def complete(rule: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All parameters of a merge, from the options' YAML where they were not given.
+
+    Args:
+        rule: an option of ``conf/rule``, such as ``ties/mergekit``.
+        given: parameters that replace the option's; another ``sparsify`` brings its own.
+
+    Raises:
+        UserError: there is no such rule, or it has no such parameter.
+    """
+    from cfm_train.config.compose import option
+
+    chosen = {"sparsify": str(given["sparsify"])} if "sparsify" in given else {}
+    section = option("rule", rule, package="merge", choices=chosen)
+    return check({**section, **{k: v for k, v in given.items() if k != "sparsify"}})
+
+
+def thawed(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters with lists for a frozen tree's tuples."""
+
+    def thaw(value: Any) -> Any:
+        return [thaw(one) for one in value] if isinstance(value, list | tuple) else value
+
+    return {key: thaw(value) for key, value in parameters.items()}

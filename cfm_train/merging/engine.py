@@ -1,0 +1,172 @@
+"""Merging bricks: entries out of a space, groups by scope, the mix on each, a brick back."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cfm_train.bricks.brick import Brick
+from cfm_train.bricks.heads import Head
+from cfm_train.bricks.lora import LoRA
+from cfm_train.errors import UserError
+from cfm_train.merging.mix import Mix
+from cfm_train.merging.spaces.low_rank import is_dora
+from cfm_train.merging.spaces.space import Entry, Options, Result, Space
+from cfm_train.merging.weights import Weights
+
+if TYPE_CHECKING:
+    from cfm_train.backbone.load import Backbone
+
+#: The statistics of a site's weight, one tensor for each brick.
+Statistics = Callable[[str], Sequence[Tensor]]
+
+
+@torch.no_grad()
+def merge(
+    bricks: Sequence[Brick],
+    weights: object,
+    mix: Mix,
+    backbone: Backbone,
+    *,
+    sources: Sequence[str] | None = None,
+    statistics: Statistics | None = None,
+) -> Result:
+    """One brick from several, with the heads of all of them.
+
+    Args:
+        bricks: the parents.
+        weights: one for each (see `weights`); None for the mix's own.
+        mix: rule, sparsifier, space, scope and the rest.
+        backbone: the backbone they were made for.
+        sources: name and version of each parent: what a random sparsifier draws depends on them;
+            the place in the list without them.
+        statistics: of a site's weight, for rules that need them.
+
+    Returns:
+        The brick in eval mode, and what a cut to a rank lost.
+
+    Raises:
+        UserError: the bricks, the rule and the space do not go together.
+    """
+    space = open_space(mix, bricks, backbone)
+    given = mix.weights(weights, len(bricks), backbone.sites.layers)
+    if not (mix.adds_up and space.add_up(given.at)):
+        _merge_entries(
+            space, mix, given, sources or [str(i) for i in range(len(bricks))], statistics
+        )
+    result = space.result()
+    carry_heads(bricks, result.brick)
+    result.brick.eval()
+    return result
+
+
+def open_space(mix: Mix, bricks: Sequence[Brick], backbone: Backbone) -> Space:
+    """The bricks in the mix's space; ``auto`` takes ``delta`` wherever all have such a form."""
+    name = mix.space
+    if name == "auto":
+        loras = [brick for brick in bricks if isinstance(brick, LoRA)]
+        exact = len(loras) == len(bricks) and (mix.rank or not any(map(is_dora, loras)))
+        name = "delta" if exact else "parameters"
+    module = importlib.import_module(f"cfm_train.merging.spaces.{name}")
+    space: type[Space] = next(
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, Space)
+        and value.__module__ == module.__name__
+    )
+    return space(bricks, backbone, Options(mix.rank, mix.fold, mix.scale))
+
+
+def _merge_entries(
+    space: Space,
+    mix: Mix,
+    given: Weights,
+    sources: Sequence[str],
+    statistics: Statistics | None,
+) -> None:
+    entries = list(space.entries())
+    for group in mix.groups([(entry.name, entry.site) for entry in entries]):
+        members = [entries[number] for number in group]
+        if len(members) == 1:
+            _merge_one(space, members[0], mix, given, sources, statistics)
+        else:
+            _merge_group(space, members, mix, given, sources)
+
+
+def _merge_one(
+    space: Space,
+    entry: Entry,
+    mix: Mix,
+    given: Weights,
+    sources: Sequence[str],
+    statistics: Statistics | None,
+) -> None:
+    updates = entry.load()
+    weights = _weights(entry, mix, given, updates)
+    if mix.rule.needs is None:
+        space.put(entry, mix.merge_updates(updates, weights, entry.name, sources))
+    elif not entry.statistics:
+        space.put(entry, mix.rule.combine_vectors(updates, weights))
+    elif statistics is None:
+        raise UserError(
+            f"rule={mix.rule.kind} needs {mix.rule.needs} statistics of every brick: run "
+            f"recipe=analyze/{mix.rule.needs} bricks=[…] first."
+        )
+    else:
+        found = [one.to(updates) for one in statistics(entry.site)]
+        space.put(entry, mix.merge_updates(updates, weights, entry.name, sources, found))
+
+
+def _merge_group(
+    space: Space, members: Sequence[Entry], mix: Mix, given: Weights, sources: Sequence[str]
+) -> None:
+    """Several tensors as one long vector: their magnitudes and angles are taken over all of it."""
+    loaded = [entry.load() for entry in members]
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in loaded) else torch.float32
+    flat = torch.cat([one.reshape(len(one), -1).to(dtype) for one in loaded], dim=1)
+    each = [_weights(entry, mix, given, flat) for entry in members]
+    if all(torch.equal(one, each[0]) for one in each):
+        weights = each[0]
+    else:
+        sizes = [one[0].numel() for one in loaded]
+        parts = [one[:, None].expand(-1, n) for one, n in zip(each, sizes, strict=True)]
+        weights = torch.cat(parts, dim=1)
+    name = "\n".join(entry.name for entry in members)
+    merged = mix.merge_updates(flat, weights, name, sources)
+    for entry, part, one in zip(
+        members, merged.split([one[0].numel() for one in loaded]), loaded, strict=True
+    ):
+        space.put(entry, part.view(one.shape[1:]))
+
+
+def _weights(entry: Entry, mix: Mix, given: Weights, like: Tensor) -> Tensor:
+    weights = mix.factor_weights(given.at(entry.site), entry.part, entry.scales)
+    return torch.tensor(weights, dtype=like.dtype, device=like.device)
+
+
+def carry_heads(bricks: Sequence[Brick], merged: Brick) -> None:
+    """Gives a merged brick the heads of all its parents.
+
+    Raises:
+        UserError: two of them bring different heads for one task.
+    """
+    for brick in bricks:
+        for task, head in brick.heads.items():
+            other = merged.head_for(task)
+            if other is not None and not _same(other, head):
+                raise UserError(
+                    f"Two of the bricks bring different heads for '{task}', and heads are not "
+                    "averaged: leave one of the bricks out."
+                )
+            merged.add_head(task, head)
+
+
+def _same(one: Head, other: Head) -> bool:
+    """Whether two heads are one: a brick and a merge of it carry the same."""
+    a, b = one.state_dict(), other.state_dict()
+    return one.describe() == other.describe() and all(torch.equal(a[k], b[k]) for k in a)

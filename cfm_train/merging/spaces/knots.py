@@ -1,0 +1,79 @@
+"""KnOTS: updates in one shared basis of outputs (Stoica et al. 2024, arXiv 2410.19735).
+
+    [ΔW₁ … ΔW_N] = U Σ [V₁ … V_N]ᵀ          merged = U Σ merge(V₁ … V_N)ᵀ
+
+The rule sees each brick's ``Vᵢᵀ`` ``[k, in]``. The decomposition is taken of the factors, so
+nothing of the outputs' width is multiplied out.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cfm_train.bricks.brick import Brick
+from cfm_train.errors import UserError
+from cfm_train.merging.spaces.core import basis
+from cfm_train.merging.spaces.delta import bias_entry
+from cfm_train.merging.spaces.low_rank import Merged, factors, is_dora, low_rank
+from cfm_train.merging.spaces.space import Entry, Options, Result, Space
+
+if TYPE_CHECKING:
+    from cfm_train.backbone.load import Backbone
+
+
+class Knots(Space):
+    """Blocks ``Vᵢᵀ`` in the basis that the updates' columns share."""
+
+    def __init__(self, bricks: Sequence[Brick], backbone: Backbone, options: Options) -> None:
+        super().__init__(bricks, backbone, options)
+        self.loras = low_rank(bricks, self.kind)
+        if any(map(is_dora, self.loras)):
+            raise UserError(
+                "The update of a DoRA brick has full rank and no factors to align: use "
+                "merge.space=delta with merge.rank=16 or another rank."
+            )
+        self.merged = Merged(self.loras, backbone, options)
+
+    def entries(self) -> Iterator[Entry]:
+        """Each site's blocks, float64, and the biases."""
+        for site in self.merged.sites():
+            yield Entry(f"{site}.aligned", site, functools.partial(self._blocks, site))
+            if self.merged.has_bias(site):
+                yield bias_entry(self.merged, site)
+
+    def put(self, entry: Entry, merged: Tensor) -> None:
+        """``ΔW = U Σ Vᵀ``."""
+        if entry.name.endswith(".bias"):
+            self.merged.add_bias(entry.site, merged.double())
+            return
+        scaled, _ = self._aligned(entry.site)
+        self.merged.add_product(entry.site, scaled, merged.double())
+
+    def result(self) -> Result:
+        """A LoRA brick."""
+        return self.merged.result()
+
+    @functools.cache  # noqa: B019 (a space lives as long as its merge)
+    def _aligned(self, site: str) -> tuple[Tensor, Tensor]:
+        """``U Σ`` ``[out, k]`` and the blocks ``[N, k, in]`` of ``Vᵀ``."""
+        place = self.backbone.sites[site]
+        found = [factors(b, site) if site in b.scales else None for b in self.loras]
+        columns = basis(torch.cat([one.B for one in found if one is not None], dim=1))
+        blocks = columns.new_zeros(len(found), columns.shape[1], place.in_features)
+        for block, one in zip(blocks, found, strict=True):
+            if one is not None:
+                block.copy_((columns.T @ one.B) @ one.A)
+        # [k, N·in]: small, since k is at most the sum of the ranks. Its Gram matrix is the sum of
+        # those of the blocks, the same in any order of the bricks.
+        U, S, Vh = torch.linalg.svd(torch.cat(list(blocks), dim=1), full_matrices=False)
+        some = max(S[0].item(), 1e-300) * 1e-12 < S
+        U, S, Vh = U[:, some], S[some], Vh[some]
+        return columns @ (U * S), torch.stack(Vh.split(place.in_features, dim=1))
+
+    def _blocks(self, site: str) -> Tensor:
+        return self._aligned(site)[1]

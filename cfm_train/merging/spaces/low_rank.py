@@ -1,0 +1,210 @@
+"""Low-rank bricks as updates of a site's weight: exact sums, products, and truncation to a rank.
+
+Nothing is multiplied out unless it must be: a sum of updates is the factors side by side, and its
+best approximation of a lower rank comes from two QR decompositions and the SVD of the small matrix
+between them (the Frobenius optimum, Eckart and Young 1936).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor
+
+from cfm_train.bricks.bank import bias_of, weight_of
+from cfm_train.bricks.brick import Brick, parameter_name
+from cfm_train.bricks.lora import LoRA
+from cfm_train.errors import UserError
+from cfm_train.merging.spaces.space import Options, Result
+
+if TYPE_CHECKING:
+    from cfm_train.backbone.load import Backbone
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One brick's update of one site, ``B A``.
+
+    Attributes:
+        A: ``[rank, in]`` float64.
+        B: ``[out, rank]`` float64, the scale in it.
+    """
+
+    A: Tensor
+    B: Tensor
+
+
+def low_rank(bricks: Sequence[Brick], space: str) -> list[LoRA]:
+    """The bricks as LoRA bricks.
+
+    Raises:
+        UserError: one of them is of another kind.
+    """
+    other = next((brick for brick in bricks if not isinstance(brick, LoRA)), None)
+    if other is not None:
+        raise UserError(
+            f"merge.space={space} is for low-rank updates, and a brick of kind {other.kind} has "
+            "none: use merge.space=parameters."
+        )
+    return cast("list[LoRA]", list(bricks))
+
+
+def is_dora(brick: LoRA) -> bool:
+    """Whether the brick's update depends on the backbone's weight (DoRA)."""
+    return len(brick.magnitude) > 0
+
+
+def factors(brick: LoRA, site: str) -> Factors:
+    """The factors of a site, whatever rank and scale it has there; rank 0 where it has none."""
+    key = parameter_name(site)
+    return Factors(
+        brick.lora_A[key].detach().double(),
+        brick.lora_B[key].detach().double() * brick.scales[site],
+    )
+
+
+def dense(brick: LoRA, site: str, backbone: Backbone) -> Tensor:
+    """The update ``ΔW`` of a site's weight, ``[out, in]`` float64; for DoRA too.
+
+    DoRA's weight is ``m ⊙ (W + sBA) / ‖W + sBA‖`` (row norms), so its update is that minus W.
+    """
+    found = factors(brick, site)
+    product = found.B @ found.A
+    key = parameter_name(site)
+    if key not in brick.magnitude:
+        return product
+    place = backbone.sites[site]
+    weight = weight_of(backbone.model.get_submodule(place.module), place).detach().double()
+    adapted = weight + product.to(weight.device)
+    ratio = brick.magnitude[key].detach().double() / adapted.norm(dim=1)
+    return ratio[:, None] * adapted - weight
+
+
+def added_bias(brick: LoRA, site: str, backbone: Backbone) -> Tensor | None:
+    """What a brick adds to a site's output whatever the input is, ``[out]`` float64, or None."""
+    key = parameter_name(site)
+    if key not in brick.bias:
+        return None
+    bias = brick.bias[key].detach().double()
+    if brick.hyper["bias"] == "lora_bias":
+        return brick.scales[site] * bias
+    place = backbone.sites[site]
+    own = bias_of(backbone.model.get_submodule(place.module), place)
+    return bias if own is None else bias - own.detach().double()
+
+
+def truncate(left: Tensor, right: Tensor, rank: int | None) -> tuple[Factors, float]:
+    """The best approximation of ``left @ right`` of a rank, without multiplying it out.
+
+    Args:
+        left: ``[out, k]`` float64.
+        right: ``[k, in]`` float64.
+        rank: 1 or more; None, or ``k`` and more, leaves the factors as they are.
+
+    Returns:
+        Factors with the singular values' roots on both sides, and what was left out as a share of
+        the whole (relative Frobenius norm).
+    """
+    if rank is None or rank >= left.shape[1]:
+        return Factors(right, left), 0.0
+    outer, between_left = torch.linalg.qr(left)
+    inner, between_right = torch.linalg.qr(right.T)
+    U, S, Vh = torch.linalg.svd(between_left @ between_right.T, full_matrices=False)
+    return keep(outer @ U, S, Vh @ inner.T, rank)
+
+
+def truncate_dense(update: Tensor, rank: int) -> tuple[Factors, float]:
+    """As `truncate`, for a matrix ``[out, in]`` that is there in full."""
+    if rank >= min(update.shape):
+        wide = update.shape[0] <= update.shape[1]
+        eye = torch.eye(min(update.shape), dtype=update.dtype, device=update.device)
+        return (Factors(update, eye) if wide else Factors(eye, update)), 0.0
+    U, S, Vh = torch.linalg.svd(update, full_matrices=False)
+    return keep(U, S, Vh, rank)
+
+
+def keep(U: Tensor, S: Tensor, Vh: Tensor, rank: int) -> tuple[Factors, float]:
+    """The first ``rank`` triplets of an SVD, and the share (of the norm) of the others.
+
+    Args:
+        U: ``[out, k]``.
+        S: ``[k]``, falling.
+        Vh: ``[k, in]``.
+        rank: how many are kept; the roots of their values go to both sides.
+    """
+    root = S[:rank].sqrt()
+    whole = S.norm().item()
+    lost = S[rank:].norm().item() / whole if whole else 0.0
+    return Factors(root[:, None] * Vh[:rank], U[:, :rank] * root), lost
+
+
+class Merged:
+    """A low-rank brick in the making.
+
+    Args:
+        bricks: the parents.
+        backbone: their backbone.
+        options: rank and λ.
+    """
+
+    def __init__(self, bricks: Sequence[LoRA], backbone: Backbone, options: Options) -> None:
+        self.bricks = bricks
+        self.backbone = backbone
+        self.options = options
+        self.updates: dict[str, Factors] = {}
+        self.biases: dict[str, Tensor] = {}
+        self.lost: float | None = None
+
+    def sites(self) -> list[str]:
+        """The sites that a parent touches, in the backbone's order."""
+        return [name for name in self.backbone.sites if any(name in b.scales for b in self.bricks)]
+
+    def has_bias(self, site: str) -> bool:
+        """Whether a parent adds a bias there."""
+        return any(parameter_name(site) in brick.bias for brick in self.bricks)
+
+    def whole_rank(self, site: str) -> int:
+        """The sum of the parents' ranks at a site."""
+        return sum(b.lora_A[parameter_name(site)].shape[0] for b in self.bricks if site in b.scales)
+
+    def add(self, site: str, update: tuple[Factors, float]) -> None:
+        """Takes up a site's update and what its truncation lost."""
+        self.updates[site], lost = update
+        self.lost = max(lost, self.lost or 0.0)
+
+    def add_product(self, site: str, left: Tensor, right: Tensor) -> None:
+        """Takes up ``left @ right`` at the rank asked for."""
+        self.add(site, truncate(left * self.options.scale, right, self.options.rank))
+
+    def add_bias(self, site: str, bias: Tensor) -> None:
+        """Takes up the merged bias ``[out]`` of a site."""
+        self.biases[site] = bias * self.options.scale
+
+    def result(self) -> Result:
+        """The brick: alpha is the rank, so that PEFT and we scale by one; cast once, here."""
+        rank = max(found.A.shape[0] for found in self.updates.values())
+        brick = LoRA(
+            rank=rank,
+            alpha=rank,
+            dropout=0.0,
+            sites=list(self.updates),
+            layers=None,
+            rslora=False,
+            dora=False,
+            bias="lora_bias" if self.biases else "none",
+        )
+        brick.task_type = self.bricks[0].task_type
+        for name, found in self.updates.items():
+            site = self.backbone.sites[name]
+            bias = None
+            if self.biases:
+                bias = self.biases.get(name, torch.zeros(site.out_features))
+            A, B = found.A.float().contiguous(), found.B.float().contiguous()
+            brick.add_site(site, A, B, A.shape[0], None, bias)
+            brick.know(self.backbone, site)
+        return Result(
+            brick.to(self.backbone.device), None if self.options.rank is None else self.lost
+        )
