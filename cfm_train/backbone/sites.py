@@ -128,10 +128,6 @@ class SiteMap(Mapping[str, Site]):
     def __len__(self) -> int:
         return len(self._sites)
 
-    def by_module(self, path: str) -> list[Site]:
-        """The sites that are the module at ``path``, or slices of it."""
-        return [site for site in self._sites.values() if site.module == path]
-
     def select(self, patterns: Sequence[str], layers: Sequence[int] | None = None) -> list[Site]:
         """The sites that a brick names.
 

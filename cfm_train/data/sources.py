@@ -154,6 +154,15 @@ def read_inputs(path: str, section: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
+def data_fingerprints(tasks: Mapping[str, Checked]) -> dict[str, str]:
+    """``data/<task>/<split>`` -> fingerprint of the rows, of every task, for the config hash."""
+    return {
+        f"data/{name}/{split}": value
+        for name, task in tasks.items()
+        for split, value in task.fingerprints.items()
+    }
+
+
 def fingerprint(rows: list[Row]) -> str:
     """SHA-256 of rows in their order, without where they stood."""
     digest = hashlib.sha256()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cfm_train.data.sources import Checked
+from cfm_train.data.sources import Checked, data_fingerprints
 from cfm_train.operations.selection import Selection, agree, find_tasks, select
 from cfm_train.tracking.wandb_run import resolve_mode
 
@@ -38,10 +38,7 @@ def check(config: dict[str, Any]) -> Inputs:
     for card in selection.cards.values():
         for name in card.heads.keys() & tasks.keys():
             agree(card.heads[name], tasks[name].spec, card.ref)
-    fingerprints = dict(selection.fingerprints)
-    for name, task in tasks.items():
-        fingerprints |= {f"data/{name}/{k}": v for k, v in task.fingerprints.items()}
-    return Inputs(selection, tasks, fingerprints)
+    return Inputs(selection, tasks, selection.fingerprints | data_fingerprints(tasks))
 
 
 def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:

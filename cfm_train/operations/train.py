@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from cfm_train.backbone.fingerprint import fingerprint, tokenizer_hash
 from cfm_train.backbone.spec import ResolvedBackbone, resolve
-from cfm_train.data.sources import Checked, check_all
+from cfm_train.data.sources import Checked, check_all, data_fingerprints
 from cfm_train.errors import UserError
 from cfm_train.library.card import check_name
 from cfm_train.library.store import Library
@@ -54,9 +54,7 @@ def check(config: dict[str, Any]) -> Inputs:
     tasks = {task.spec.name: task for task in check_all(config["data"])}
     library = Library(config["library"])
     library.check_writable()
-    fingerprints = {"backbone": fingerprint(backbone.folder)}
-    for name, task in tasks.items():
-        fingerprints |= {f"data/{name}/{k}": v for k, v in task.fingerprints.items()}
+    fingerprints = {"backbone": fingerprint(backbone.folder)} | data_fingerprints(tasks)
     return Inputs(backbone, tasks, library, fingerprints)
 
 
