@@ -16,8 +16,9 @@ from cfm_train.backbone.load import Backbone
 from cfm_train.bricks.heads import Head
 from cfm_train.data.encode import Encoded
 from cfm_train.data.tasks import IGNORED, TaskSpec
+from cfm_train.evaluation.contributions import contributions
+from cfm_train.evaluation.examples import Examples
 from cfm_train.evaluation.intervals import Score
-from cfm_train.evaluation.metrics import score
 from cfm_train.training.dataset import EvaluationDataset
 from cfm_train.training.objectives import Batch, Result, compute
 
@@ -55,8 +56,8 @@ class Answers:
         total = sum(count for _, count in self.losses.values())
         return sum(loss for loss, _ in self.losses.values()) / max(1, total)
 
-    def scores(self, *, bootstrap: int, seed: int) -> dict[str, Score]:
-        """The task type's metrics with their intervals."""
+    def examples(self) -> Examples:
+        """What each row adds to the task's metrics; of written answers their likelihood as well."""
         order = sorted(self.predictions)
         predicted = [self.predictions[i] for i in order]
         right = [self.references[i] for i in order]
@@ -64,14 +65,16 @@ class Answers:
             predicted, right = np.asarray(predicted), np.asarray(right)  # type: ignore[assignment]
         # What a model writes is scored by its texts; here it is how likely the right ones are.
         kind = "instruct" if self.spec.type == "seq2seq" else self.spec.type
-        return score(
-            kind,
-            predicted,
-            right,
-            labels=self.spec.labels,
-            bootstrap=bootstrap,
-            seed=seed,
-        )
+        labels = self.spec.labels
+        parts = {kind: contributions(kind, predicted, right, labels=labels)}
+        if self.texts is not None:
+            said, wanted = zip(*self.texts, strict=True)
+            parts = {"seq2seq": contributions("seq2seq", said, wanted), **parts}
+        return Examples(parts, labels)
+
+    def scores(self, *, bootstrap: int, seed: int) -> dict[str, Score]:
+        """The task type's metrics with their intervals."""
+        return self.examples().scores(bootstrap=bootstrap, seed=seed)
 
 
 def _answers(task_type: str, batch: Batch, result: Result) -> tuple[list[Any], list[Any]]:

@@ -12,7 +12,7 @@ answers right, an error rate up to 3/n is still plausible.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,7 +79,9 @@ def intervals(
     return scores
 
 
-def resample_weights(counts: np.ndarray, bootstrap: int, seed: int) -> Iterator[np.ndarray]:
+def resample_weights(
+    counts: np.ndarray, bootstrap: int, seed: int | Sequence[int]
+) -> Iterator[np.ndarray]:
     """Draws the weights of bootstrap resamples, a block at a time.
 
     Args:

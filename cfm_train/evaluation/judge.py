@@ -16,7 +16,6 @@ from cfm_train.data.tasks import TaskSpec
 from cfm_train.evaluation.evaluator import Answers, predict
 from cfm_train.evaluation.generation import answer_texts
 from cfm_train.evaluation.intervals import Score
-from cfm_train.evaluation.metrics import score
 from cfm_train.training.dataset import make_batch
 
 #: Padded tokens of a batch; no gradients are kept.
@@ -116,17 +115,7 @@ def judge_task(backbone: Backbone, head: Head | None, spec: TaskSpec, split: Enc
 
 def scores_of(answers: Answers, settings: Mapping[str, Any], seed: int) -> dict[str, Score]:
     """The task's metrics with their intervals, and for written answers the loss beside them."""
-    bootstrap = settings["bootstrap"]
-    if answers.texts is None:
-        return answers.scores(bootstrap=bootstrap, seed=seed)
-    written = score(
-        "seq2seq",
-        [said for said, _ in answers.texts],
-        [right for _, right in answers.texts],
-        bootstrap=bootstrap,
-        seed=seed,
-    )
-    return written | answers.scores(bootstrap=bootstrap, seed=seed)
+    return answers.scores(bootstrap=settings["bootstrap"], seed=seed)
 
 
 @torch.inference_mode()

@@ -11,83 +11,95 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cfm_train.backbone.load import Backbone
-from cfm_train.bricks.brick import Brick
 from cfm_train.bricks.heads import Head
-from cfm_train.data.encode import TaskData
 from cfm_train.data.tasks import HEADED
-from cfm_train.errors import UserError
-from cfm_train.evaluation.floor import train_head
-from cfm_train.evaluation.judge import judge_task, primary, scores_of
+from cfm_train.evaluation.scorer import BARE, Body, Scored, Scorer, TrainedOn
 
+#: Whose head it is where one was trained anew on the body.
 REFITTED = "head refitted"
 
+#: A task's head and the label of the body that brings it.
+Bring = tuple[Head, str]
 
-def heads_of(bodies: Sequence[Brick]) -> dict[str, Head]:
+
+def heads_of(bodies: Sequence[Body]) -> dict[str, Bring]:
     """A head for each task: that of its own brick, before one of a brick for several tasks."""
-    heads: dict[str, Head] = {}
-    for brick in sorted(bodies, key=lambda body: len(body.heads)):
+    heads: dict[str, Bring] = {}
+    bricks = [(body.label, body.brick) for body in bodies if body.brick is not None]
+    for label, brick in sorted(bricks, key=lambda pair: len(pair[1].heads)):
         for name, head in brick.heads.items():
-            heads.setdefault(name, head)
+            heads.setdefault(name, (head, label))
     return heads
 
 
 def row(
-    backbone: Backbone,
-    label: str,
-    role: str,
-    plugged: Sequence[Brick],
-    tasks: Mapping[str, TaskData],
-    heads: Mapping[str, Head],
-    trainer: Mapping[str, Any],
-    evaluation: Mapping[str, Any],
-    *,
-    seed: int,
-) -> tuple[list[dict[str, Any]], dict[str, dict[str, float | int]]]:
+    scorer: Scorer,
+    body: Body,
+    tasks: Sequence[str],
+    heads: Mapping[str, Bring],
+    split: str = "test",
+) -> list[Scored]:
     """One row of the matrix.
 
     Args:
-        backbone: the backbone, nothing plugged.
-        label: name of the row.
-        role: ``brick``, ``merged``, ``floor`` or ``ceiling``.
-        plugged: the bricks that make up the body; none is the bare backbone.
-        tasks: the columns; each needs a test split.
-        heads: head by task name for what the body brings none for, see `heads_of`; a task that
-            needs one and has none gets one refitted.
-        trainer: the ``trainer`` section for refitting.
-        evaluation: the ``evaluation`` section.
-        seed: seed of refitting and bootstrap.
-
-    Returns:
-        The cells, and every metric as ``test/<task>/<metric>``.
+        scorer: what evaluates.
+        body: the body.
+        tasks: the columns.
+        heads: for tasks that the body brings no head for, see `heads_of`; a task that needs one and
+            has none gets one refitted.
+        split: ``test`` or ``validation``.
 
     Raises:
-        UserError: a task has no test split.
+        UserError: a task has no such split.
     """
-    cells: list[dict[str, Any]] = []
-    figures: dict[str, dict[str, float | int]] = {}
-    for name, task in tasks.items():
-        if task.test is None:
-            raise UserError(
-                f"The task '{name}' has no test split: give data.test, or leave it out."
-            )
-        own = [head for brick in plugged if (head := brick.head_for(name)) is not None]
-        with backbone.slots.plugged(list(plugged)):
-            head = own[0] if own else heads.get(name)
-            refitted = head is None and task.spec.type in HEADED
-            if refitted:
-                head = train_head(backbone, task, trainer, seed=seed)
-            scores = scores_of(judge_task(backbone, head, task.spec, task.test), evaluation, seed)
-        metric = primary(task.spec, scores)
-        shown = f"{metric} ({REFITTED})" if refitted else metric
-        cells.append(
-            {
-                "brick": label,
-                "task": name,
-                "metric": shown,
-                **scores[metric].as_dict(),
-                "role": role,
-            }
-        )
-        figures |= {f"test/{name}/{m}": value.as_dict() for m, value in scores.items()}
-    return cells, figures
+    scored = []
+    for task in tasks:
+        own = None if body.brick is None else body.brick.head_for(task)
+        head: Head | TrainedOn | None = None
+        of: str | None
+        if own is not None:
+            head, of = own, body.label
+        elif task in heads:
+            head, of = heads[task]
+        else:
+            refit = scorer.tasks[task].spec.type in HEADED
+            head, of = (TrainedOn(body), REFITTED) if refit else (None, None)
+        scored.append(scorer.score(body, task, head, of=of, split=split))
+    return scored
+
+
+def refitted(scorer: Scorer, body: Body, tasks: Sequence[str]) -> list[Scored]:
+    """One row with a head that is trained anew on the body: what its features hold of each task."""
+    return [
+        scorer.score(body, task, TrainedOn(body), of=REFITTED)
+        for task in tasks
+        if scorer.tasks[task].spec.type in HEADED
+    ]
+
+
+def floor(scorer: Scorer, tasks: Sequence[str]) -> list[Scored]:
+    """The lower bound: the bare backbone with heads trained alone, language models as they are."""
+    headed = [scorer.tasks[task].spec.type in HEADED for task in tasks]
+    return [
+        scorer.score(BARE, task, TrainedOn(BARE) if has else None, of=BARE.label if has else None)
+        for task, has in zip(tasks, headed, strict=True)
+    ]
+
+
+def cells_of(scored: Sequence[Scored]) -> list[dict[str, Any]]:
+    """The cells; one with a refitted head among others' says so in its metric."""
+    return [
+        {**one.cell(), "metric": f"{one.metric} ({REFITTED})"}
+        if one.head == REFITTED
+        else one.cell()
+        for one in scored
+    ]
+
+
+def figures_of(scored: Sequence[Scored]) -> dict[str, dict[str, float | int]]:
+    """Every metric of a row as ``test/<task>/<metric>``."""
+    return {
+        f"test/{one.spec.name}/{metric}": value.as_dict()
+        for one in scored
+        for metric, value in one.scores.items()
+    }

@@ -19,13 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from cfm_train.data.tasks import IGNORED, is_bio
+from cfm_train.data.tasks import is_bio
+from cfm_train.evaluation.contributions import contributions
 from cfm_train.evaluation.intervals import Score, Statistic, intervals
-from cfm_train.evaluation.spans import entity_counts
-from cfm_train.evaluation.text import exact_match, rouge_l, token_f1
-
-#: The distinct examples' counts, and the metrics of their weights.
-_Counted = tuple[np.ndarray, dict[str, Statistic]]
 
 
 def score(
@@ -62,24 +58,51 @@ def score(
     Raises:
         ValueError: unknown task type; no examples; lengths that differ; a NaN; an id out of range.
     """
-    if task_type not in _COUNT:
-        raise ValueError(f"no task type {task_type!r}; there are {', '.join(_COUNT)}")
-    if len(predictions) != len(references) or not len(references):
-        raise ValueError(
-            f"{task_type}: needs as many predictions as references, and one at least; "
-            f"got {len(predictions)} and {len(references)}"
-        )
-    counts, statistics = _COUNT[task_type](predictions, references, labels)
-    return intervals(statistics, counts, bootstrap=bootstrap, seed=seed)
+    rows = contributions(task_type, predictions, references, labels=labels)
+    return score_rows(task_type, rows, labels=labels, bootstrap=bootstrap, seed=seed)
 
 
-def _classification(predictions: Any, references: Any, labels: Sequence[str] | None) -> _Counted:
+def score_rows(
+    task_type: str,
+    rows: np.ndarray,
+    *,
+    labels: Sequence[str] | None = None,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> dict[str, Score]:
+    """As `score`, from what each example adds.
+
+    Args:
+        task_type: a key of ``METRICS``.
+        rows: what `contributions` gave, float64 [examples, …].
+        labels: as in `score`.
+        bootstrap: number of resamples.
+        seed: seed of the resamples.
+    """
+    distinct, counts = np.unique(rows, axis=0, return_counts=True)
+    return intervals(
+        statistics(task_type, distinct, labels), counts, bootstrap=bootstrap, seed=seed
+    )
+
+
+def statistics(
+    task_type: str, rows: np.ndarray, labels: Sequence[str] | None = None
+) -> dict[str, Statistic]:
+    """The metrics of a task type as functions of weighted examples.
+
+    Args:
+        task_type: a key of ``METRICS``.
+        rows: what each example adds, float64 [examples, …]; equal ones may stand there as one.
+        labels: BIO names give ``entity_f1``.
+
+    Returns:
+        Each metric as a function of weights [resamples, examples].
+    """
+    return _STATISTICS[task_type](rows, labels is not None and is_bio(labels))
+
+
+def _classification(cells: np.ndarray, bio: bool) -> dict[str, Statistic]:
     """Accuracy, macro F1 and Matthews' correlation (Gorodkin, 2004) from confusion cells."""
-    predictions, references = np.asarray(predictions), np.asarray(references)
-    if predictions.ndim == 2:
-        predictions = _finite(predictions).argmax(-1)
-    pairs = np.stack([_ids(references, labels), _ids(predictions, labels)], -1)
-    cells, counts = np.unique(pairs, axis=0, return_counts=True)
     classes, column = np.unique(cells, return_inverse=True)  # those that occur: ids may be sparse
     column = column.reshape(cells.shape)
     is_reference, is_prediction = (np.eye(len(classes))[column[:, side]] for side in (0, 1))
@@ -91,7 +114,7 @@ def _classification(predictions: Any, references: Any, labels: Sequence[str] | N
         covariance = n * (weights @ is_hit.sum(-1)) - (t * p).sum(-1)
         return _ratio(covariance, np.sqrt((n**2 - (t**2).sum(-1)) * (n**2 - (p**2).sum(-1))))
 
-    return counts, {
+    return {
         "accuracy": lambda weights: weights @ is_hit.sum(-1) / weights.sum(-1),
         "macro_f1": lambda weights: _macro_f1(
             weights @ is_hit, weights @ (is_reference + is_prediction)
@@ -100,37 +123,21 @@ def _classification(predictions: Any, references: Any, labels: Sequence[str] | N
     }
 
 
-def _multilabel(predictions: Any, references: Any, labels: Sequence[str] | None) -> _Counted:
+def _multilabel(rows: np.ndarray, bio: bool) -> dict[str, Statistic]:
     """Micro and macro F1 over labels, and the share of rows with exactly the right set."""
-    predictions, references = np.asarray(predictions), np.asarray(references)
-    if predictions.shape != references.shape or references.ndim != 2:
-        raise ValueError(
-            "multilabel: needs [rows, labels] on both sides, "
-            f"got {predictions.shape} and {references.shape}"
-        )
-    if labels is not None and references.shape[1] != len(labels):
-        raise ValueError(f"multilabel: {references.shape[1]} columns for {len(labels)} labels")
-    both = np.concatenate([predictions, references], -1).astype(np.float64)
-    if not np.isin(both, (0.0, 1.0)).all():
-        raise ValueError(
-            "multilabel: predictions and references are 0 or 1; apply the threshold first"
-        )
-    rows, counts = np.unique(both, axis=0, return_counts=True)
     predicted, wanted = np.split(rows, 2, axis=-1)  # [distinct, labels]
     hits, seen = predicted * wanted, predicted + wanted
     exact = (predicted == wanted).all(-1)
-    return counts, {
+    return {
         "micro_f1": lambda weights: _ratio(2 * (weights @ hits.sum(-1)), weights @ seen.sum(-1)),
         "macro_f1": lambda weights: _macro_f1(weights @ hits, weights @ seen),
         "exact": lambda weights: weights @ exact / weights.sum(-1),
     }
 
 
-def _regression(predictions: Any, references: Any, labels: Sequence[str] | None) -> _Counted:
+def _regression(pairs: np.ndarray, bio: bool) -> dict[str, Statistic]:
     """Pearson's and Spearman's correlation and the root of the mean squared error."""
-    pairs = np.stack([_finite(predictions).ravel(), _finite(references).ravel()], -1)
-    distinct, counts = np.unique(pairs, axis=0, return_counts=True)
-    x, y = distinct.T
+    x, y = pairs.T
     squared = (x - y) ** 2
 
     def pearson(weights: np.ndarray) -> np.ndarray:
@@ -139,75 +146,49 @@ def _regression(predictions: Any, references: Any, labels: Sequence[str] | None)
     def spearman(weights: np.ndarray) -> np.ndarray:
         return _correlation(_ranks(x, weights), _ranks(y, weights), weights)
 
-    return counts, {
+    return {
         "pearson": pearson,
         "spearman": spearman,
         "rmse": lambda weights: np.sqrt(weights @ squared / weights.sum(-1)),
     }
 
 
-def _token(predictions: Any, references: Any, labels: Sequence[str] | None) -> _Counted:
+def _token(rows: np.ndarray, bio: bool) -> dict[str, Statistic]:
     """Accuracy over tokens and, with BIO labels, F1 over whole entities; resampled by rows."""
-    bio = labels is not None and is_bio(labels)
-    rows = []
-    for at, (predicted, wanted) in enumerate(zip(predictions, references, strict=True)):
-        predicted, wanted = np.asarray(predicted), np.asarray(wanted)
-        if predicted.shape != wanted.shape:
-            raise ValueError(
-                f"token: row {at} has {predicted.size} predictions for {wanted.size} tokens"
-            )
-        predicted, wanted = predicted[wanted != IGNORED], wanted[wanted != IGNORED]
-        if wanted.size:
-            predicted, wanted = _ids(predicted, labels), _ids(wanted, labels)
-            entities = entity_counts(predicted, wanted, labels) if bio and labels else (0, 0)
-            rows.append(((predicted == wanted).sum(), wanted.size, *entities))
-    if not rows:
-        raise ValueError("token: no row has a scored token")
-    distinct, counts = np.unique(np.array(rows, dtype=np.float64), axis=0, return_counts=True)
-    hits, tokens, found, seen = distinct.T
+    hits, tokens, found, seen = rows.T
     statistics: dict[str, Statistic] = {
         "token_accuracy": lambda weights: weights @ hits / (weights @ tokens)
     }
     if bio:
         statistics["entity_f1"] = lambda weights: _ratio(2 * (weights @ found), weights @ seen)
-    return counts, statistics
+    return statistics
 
 
-def _language(predictions: Any, references: Any, labels: Sequence[str] | None) -> _Counted:
+def _language(pairs: np.ndarray, bio: bool) -> dict[str, Statistic]:
     """Nats per token over the whole set, and the perplexity that is its exponential."""
-    pairs = np.stack([_finite(predictions).ravel(), _finite(references).ravel()], -1)
-    pairs = pairs[pairs[:, 1] > 0]
-    if not len(pairs):
-        raise ValueError("causal: no row has a predicted token")
-    distinct, counts = np.unique(pairs, axis=0, return_counts=True)
-    nats, tokens = distinct.T
+    nats, tokens = pairs.T
 
     def loss(weights: np.ndarray) -> np.ndarray:
         return weights @ nats / (weights @ tokens)
 
     # A double holds e^700 with room to spare; only a broken model gets there.
-    return counts, {
+    return {
         "loss": loss,
         "perplexity": lambda weights: np.exp(np.minimum(loss(weights), 700.0)),
     }
 
 
-def _seq2seq(predictions: Any, references: Any, labels: Sequence[str] | None) -> _Counted:
+def _seq2seq(rows: np.ndarray, bio: bool) -> dict[str, Statistic]:
     """Means over rows of exact match, ROUGE-L and token F1."""
-    rows = [
-        (exact_match(said, right), rouge_l(said, right), token_f1(said, right))
-        for said, right in zip(predictions, references, strict=True)
-    ]
-    distinct, counts = np.unique(np.array(rows, dtype=np.float64), axis=0, return_counts=True)
 
     def mean_of(column: np.ndarray) -> Statistic:
         return lambda weights: weights @ column / weights.sum(-1)
 
     names = ("exact_match", "rouge_l", "token_f1")
-    return counts, {name: mean_of(column) for name, column in zip(names, distinct.T, strict=True)}
+    return {name: mean_of(column) for name, column in zip(names, rows.T, strict=True)}
 
 
-_COUNT: dict[str, Callable[[Any, Any, Sequence[str] | None], _Counted]] = {
+_STATISTICS: dict[str, Callable[[np.ndarray, bool], dict[str, Statistic]]] = {
     "classification": _classification,
     "multilabel": _multilabel,
     "regression": _regression,
@@ -256,23 +237,3 @@ def _correlation(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarra
     )
     bottom = np.where(varies, np.sqrt(variance_x * variance_y), 0.0)
     return np.clip(_ratio((weights * x * y).sum(-1), bottom), -1.0, 1.0)
-
-
-def _finite(values: Any) -> np.ndarray:
-    array = np.asarray(values, dtype=np.float64)
-    if not np.isfinite(array).all():
-        raise ValueError("predictions or references hold a NaN or an infinity")
-    return array
-
-
-def _ids(values: np.ndarray, labels: Sequence[str] | None) -> np.ndarray:
-    """Class ids as int64, checked against the labels."""
-    if values.ndim != 1 or values.dtype.kind not in "iu":
-        raise ValueError(
-            f"class ids are integers in one dimension, got {values.dtype} {values.shape}"
-        )
-    highest = len(labels) if labels is not None else np.iinfo(np.int64).max
-    if values.size and not 0 <= int(values.min()) <= int(values.max()) < highest:
-        valid = f"0 to {highest - 1}" if labels is not None else "0 or more"
-        raise ValueError(f"class ids go from {values.min()} to {values.max()}; valid are {valid}")
-    return values.astype(np.int64)

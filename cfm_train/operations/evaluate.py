@@ -43,62 +43,32 @@ def check(config: dict[str, Any]) -> Inputs:
 
 def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     """Fills the matrix and returns the record's own part."""
-    from cfm_train.config.compose import option
-    from cfm_train.configuration.apply import assemble
-    from cfm_train.data.encode import encode
-    from cfm_train.evaluation.floor import floor_of
-    from cfm_train.evaluation.matrix import heads_of, row
-    from cfm_train.operations.setting import (
-        backbone_entries,
-        brick_entry,
-        open_backbone,
-        tracked,
-        unchanged,
-    )
-    from cfm_train.paths import cache_dir
-    from cfm_train.training.cost import peak_memory
+    from cfm_train.evaluation.matrix import cells_of, figures_of, floor, row
+    from cfm_train.evaluation.shelf import Shelf
+    from cfm_train.operations.scene import open_scene
+    from cfm_train.operations.setting import tracked
 
-    selection = inputs.selection
-    backbone, before = open_backbone(selection.backbone, selection.section)
-    tasks = {n: encode(t, backbone.tokenizer, cache_dir()) for n, t in inputs.tasks.items()}
-    trainer = option("trainer", "default", learning_rate=1e-3)
-    bodies = [assemble(tree, selection.library, backbone) for tree in selection.trees]
-    heads = heads_of(bodies)
+    scene = open_scene(config, inputs, Shelf(None))
+    tasks = list(inputs.tasks)
     with tracked(config, folder) as wandb:
-        matrix: list[dict[str, Any]] = []
+        rows = [row(scene.scorer, body, tasks, scene.heads) for body in scene.bodies]
+        matrix = [cell for scored in rows for cell in cells_of(scored)]
         metrics: dict[str, Any] = {}
-        for label, tree, brick in zip(selection.labels, selection.trees, bodies, strict=True):
-            card = selection.card_of(tree)
-            role = role_of(card)
-            cells, figures = row(
-                backbone,
-                label,
-                role,
-                [brick],
-                tasks,
-                heads,
-                trainer,
-                config["evaluation"],
-                seed=config["seed"],
-            )
-            matrix += cells
-            several = len(bodies) > 1
-            metrics |= {f"{label}: {k}" if several else k: v for k, v in figures.items()}
+        for body, scored in zip(scene.bodies, rows, strict=True):
+            start = f"{body.label}: " if len(rows) > 1 else ""
+            metrics |= {f"{start}{k}": v for k, v in figures_of(scored).items()}
         if config["evaluation"]["head_only"]:
-            floor = floor_of(backbone, tasks, trainer, config["evaluation"], seed=config["seed"])
-            matrix += floor.cells("frozen backbone", "floor")
-        same = unchanged(backbone, before, selection.backbone)
-        wandb.table("matrix", list(matrix[0]), [list(cell.values()) for cell in matrix])
+            matrix += cells_of(floor(scene.scorer, tasks))
+        record = scene.record(inputs.selection, folder)
+        wandb.table("matrix", *table_of(matrix))
         wandb.summary({name: figure["value"] for name, figure in metrics.items()})
-    card = selection.card_of(selection.trees[0]) if len(selection.trees) == 1 else None
-    return {
-        "brick": brick_entry(card, selection.library) if card is not None else None,
-        **backbone_entries(backbone, same),
-        "metrics": metrics,
-        "cost": {"peak_memory_bytes": peak_memory()},
-        "matrix": matrix,
-        "wandb": wandb.as_record(),
-    }
+    return {**record, "metrics": metrics, "matrix": matrix, "wandb": wandb.as_record()}
+
+
+def table_of(cells: list[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+    """Cells as the columns and rows of a table."""
+    columns = ["brick", "task", "metric", "value", "low", "high", "n", "role", "head", "source"]
+    return columns, [[cell.get(column) for column in columns] for cell in cells]
 
 
 def role_of(card: Any) -> str:

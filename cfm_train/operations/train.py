@@ -17,6 +17,7 @@ from cfm_train.errors import UserError
 from cfm_train.library.card import check_name
 from cfm_train.library.store import Library
 from cfm_train.operations import trained
+from cfm_train.operations.evaluate import table_of
 from cfm_train.tracking.wandb_run import resolve_mode
 
 if TYPE_CHECKING:
@@ -117,11 +118,9 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
         except Diverged as error:
             raise RuntimeError(trained.where(error, tasks)) from None
         judged = judge(backbone, brick, tasks, config["evaluation"], seed=config["seed"], bare=bare)
-        matrix = judged.cells(config["name"], "brick")
         floor = None
         if config["evaluation"]["head_only"]:
             floor = floor_of(backbone, tasks, settings, config["evaluation"], seed=config["seed"])
-            matrix += floor.cells("frozen backbone", "floor")
         same = unchanged(backbone, before, inputs.backbone)
         card = store(
             brick,
@@ -142,9 +141,15 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
         record = trained.record_of(
             inputs.tasks, inputs.library, card, brick, backbone, fitted, judged, floor, same
         )
+        matrix = judged.cells(config["name"], "brick")
+        record |= trained.keep_examples(
+            matrix, judged, brick, card, inputs.tasks, tasks, backbone, folder
+        )
+        if floor is not None:
+            matrix += floor.cells("frozen backbone", "floor")
         record |= {"matrix": matrix, "samples": samples.latest}
         if matrix:
-            wandb.table("matrix", list(matrix[0]), [list(cell.values()) for cell in matrix])
+            wandb.table("matrix", *table_of(matrix))
         wandb.artifact(card.name, "brick", inputs.library.folder(card), {"version": card.version})
         wandb.summary({name: figure["value"] for name, figure in record["metrics"].items()})
     return {**record, "wandb": wandb.as_record()}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -63,6 +64,54 @@ def record_of(
         "data": _data_report(tasks),
         "curves": "metrics.jsonl",
     }
+
+
+def keep_examples(
+    matrix: Sequence[dict[str, Any]],
+    judged: Judged,
+    brick: Brick,
+    card: Card,
+    checked: Mapping[str, Checked],
+    tasks: Mapping[str, TaskData],
+    backbone: Backbone,
+    folder: Path,
+) -> dict[str, Any]:
+    """Keeps what each test row added, so that a later comparison need not ask again.
+
+    Args:
+        matrix: the brick's cells; each gets the name of its head and the key of its examples.
+        judged: the brick's figures.
+        brick: the trained brick.
+        card: its card, as stored.
+        checked: the tasks as they were checked.
+        tasks: the tasks as token numbers.
+        backbone: the backbone.
+        folder: the run folder.
+
+    Returns:
+        The ``examples`` of the record, where there are any.
+    """
+    from cfm_train.evaluation.scorer import hash_of_head, key_of
+    from cfm_train.evaluation.shelf import Shelf
+
+    shelf = Shelf(None)
+    for cell in matrix:
+        name = cell["task"]
+        head, split = brick.head_for(name), tasks[name].test
+        assert split is not None
+        cell["key"] = key_of(
+            backbone,
+            tasks[name].spec,
+            str(card.tokenizer),
+            identity=card.version,
+            rows=checked[name].fingerprints["test"],
+            max_length=split.max_length,
+            head=None if head is None else hash_of_head(head),
+        )
+        cell["head"] = None if head is None else cell["brick"]
+        shelf.keep(cell["key"], judged.answers[name].examples())
+    kept = shelf.write(folder)
+    return {"examples": kept} if kept else {}
 
 
 def _data_report(tasks: Mapping[str, Checked]) -> dict[str, Any]:

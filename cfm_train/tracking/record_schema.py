@@ -22,7 +22,11 @@ class Figure(TypedDict):
 
 @with_config(_STRICT)
 class Cell(TypedDict):
-    """One cell of the brick × task matrix; ``role`` says which kind of row it stands in."""
+    """One cell of the brick × task matrix; ``role`` says which kind of row it stands in.
+
+    ``head`` is the row whose head answered (null: a language model's own), ``key`` names the
+    examples that the figure was made from, ``source`` the earlier run that they were taken from.
+    """
 
     brick: str
     task: str
@@ -32,6 +36,9 @@ class Cell(TypedDict):
     high: float
     n: int
     role: Literal["brick", "merged", "floor", "ceiling"]
+    head: NotRequired[str | None]
+    key: NotRequired[str]
+    source: NotRequired[str]
 
 
 @with_config(_STRICT)
@@ -130,6 +137,14 @@ class Wandb(TypedDict):
 
 
 @with_config(_STRICT)
+class Examples(TypedDict):
+    """Where the run keeps what each row added to its metrics, and under which keys."""
+
+    file: str
+    keys: list[str]
+
+
+@with_config(_STRICT)
 class Record(TypedDict):
     """The whole record. ``folder`` is where it was read from; it is never written."""
 
@@ -151,5 +166,6 @@ class Record(TypedDict):
     samples: list[Sample]
     wandb: Wandb | None
     curves: str | None
+    examples: NotRequired[Examples]
     error: NotRequired[str | None]
     folder: NotRequired[str]

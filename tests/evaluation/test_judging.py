@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from cfm_train.backbone.load import Backbone
-from cfm_train.bricks.brick import Brick
 from cfm_train.bricks.heads import Head, pool
 from cfm_train.data.encode import Encoded
 from cfm_train.evaluation import judge as judging
@@ -19,7 +18,9 @@ from cfm_train.evaluation.evaluator import predict
 from cfm_train.evaluation.floor import train_head
 from cfm_train.evaluation.generation import answer_texts
 from cfm_train.evaluation.judge import judge
-from cfm_train.evaluation.matrix import REFITTED, heads_of, row
+from cfm_train.evaluation.matrix import REFITTED, cells_of, figures_of, heads_of, row
+from cfm_train.evaluation.scorer import Body, Scorer
+from cfm_train.evaluation.shelf import Shelf
 from cfm_train.training.task_head import new_head
 from tests.backbones import plain_model, randomise, tiny
 from tests.tasks import TRAINER, task_data
@@ -115,32 +116,38 @@ def test_cells_use_the_right_heads() -> None:
     no.add_head("classification", constant(0))
     several.add_head("classification", constant(0))
     several.add_head("other", constant(0))
-    heads = heads_of([several, yes])
-    assert heads["classification"] is yes.head_for("classification")
-    assert heads["other"] is several.head_for("other")
-    tasks = {"classification": data}
+    bodies = {
+        name: Body(name, brick, name, "brick")
+        for name, brick in {"yes": yes, "no": no, "several": several, "none": none}.items()
+    }
+    heads = heads_of([bodies["several"], bodies["yes"]])
+    assert heads["classification"] == (yes.head_for("classification"), "yes")
+    assert heads["other"] == (several.head_for("other"), "several")
+    scorer = Scorer(
+        backbone,
+        {"classification": data},
+        {"classification": {"train": "a", "test": "b"}},
+        tokenizer="c",
+        trainer={**TRAINER, "max_steps": 2},
+        evaluation=SETTINGS,
+        seed=0,
+        shelf=Shelf(None),
+    )
 
-    def cell(brick: Brick, given: Any) -> dict[str, Any]:
-        cells, figures = row(
-            backbone,
-            "x",
-            "brick",
-            [brick],
-            tasks,
-            given,
-            {**TRAINER, "max_steps": 2},
-            SETTINGS,
-            seed=0,
-        )
+    def cell(name: str, given: Any) -> dict[str, Any]:
+        scored = row(scorer, bodies[name], ["classification"], given)
+        figures, cells = figures_of(scored), cells_of(scored)
         assert figures["test/classification/accuracy"]["value"] == cells[0]["value"]
         return cells[0]
 
-    assert cell(yes, heads)["value"] == pytest.approx(share)
-    assert cell(no, heads)["value"] == pytest.approx(1 - share)
-    assert cell(several, heads)["value"] == pytest.approx(1 - share)
-    assert cell(none, heads)["value"] == pytest.approx(share)
-    assert cell(none, heads)["metric"] == "accuracy"
-    assert cell(none, {})["metric"] == f"accuracy ({REFITTED})"
+    assert cell("yes", heads)["value"] == pytest.approx(share)
+    assert cell("no", heads)["value"] == pytest.approx(1 - share)
+    assert cell("several", heads)["value"] == pytest.approx(1 - share)
+    assert cell("none", heads)["value"] == pytest.approx(share)
+    assert cell("none", heads)["metric"] == "accuracy"
+    assert [cell(name, heads)["head"] for name in ("yes", "no", "none")] == ["yes", "no", "yes"]
+    assert cell("none", {})["head"] == REFITTED
+    assert cell("none", {})["metric"] == f"accuracy ({REFITTED})"
 
 
 def test_the_unplugged_check_fails_where_something_stays() -> None:
