@@ -21,7 +21,7 @@ from torch import Tensor
 
 #: What a rule may promise; `invariants.py` tries each on the bricks of the run.
 PROMISES = {
-    "identity": "weight 1 on one brick alone is that brick",
+    "identity": "weight 1 on one brick is that brick",
     "permutation": "the order of the bricks does not matter",
     "cancel": "w and -w of one brick cancel",
     "idempotent": "merging a brick with itself is that brick",
