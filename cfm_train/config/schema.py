@@ -241,6 +241,16 @@ class StitchBridge(Run):
     evaluation: Evaluation
 
 
+class Analyze(Run):
+    """Gather statistics of bricks on their own tasks."""
+
+    backbone: Backbone | None
+    bricks: list[str]
+    statistic: Literal["gram", "fisher"]
+    rows: Positive
+    data: EvaluationData
+
+
 class Compare(Evaluate):
     """Score bricks on tasks, and draw them with the runs that made them."""
 
@@ -256,6 +266,7 @@ OPERATIONS: dict[str, type[Run]] = {
     "evaluate": Evaluate,
     "predict": Predict,
     "merge": Merge,
+    "analyze": Analyze,
     "stitch_layers": StitchLayers,
     "stitch_bridge": StitchBridge,
     "compare": Compare,

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 from cfm_train.backbone.load import Backbone
 from cfm_train.bricks.brick import Brick
 from cfm_train.bricks.stored import open_brick
 from cfm_train.config.merging import complete
-from cfm_train.configuration.expression import BrickRef, Call, Expression
+from cfm_train.configuration.expression import BrickRef, Call, Expression, bricks
 from cfm_train.errors import UserError
 from cfm_train.library.store import Library
 
@@ -36,20 +34,19 @@ def assemble(tree: Expression, library: Library, backbone: Backbone) -> Brick:
     parts = [assemble(argument, library, backbone) for argument in tree.args]
     params = dict(tree.params)
     weights = params.pop("weights", None)
-    return merge_bricks(str(tree.rule), params, parts, weights, list(map(str, tree.args)), backbone)
-
-
-def merge_bricks(
-    rule: str,
-    parameters: Mapping[str, Any],
-    parts: Sequence[Brick],
-    weights: object,
-    sources: Sequence[str],
-    backbone: Backbone,
-) -> Brick:
-    """One brick from several by a rule of ``conf/rule`` with some of its parameters."""
     # The methods lie above this room, so they are found when they are needed.
     engine = importlib.import_module("cfm_train.merging.engine")
-    mix = importlib.import_module("cfm_train.merging.mix").make_mix(complete(rule, parameters))
-    merged: Brick = engine.merge(parts, weights, mix, backbone, sources=sources).brick
+    sidecars = importlib.import_module("cfm_train.merging.sidecars")
+    mix = importlib.import_module("cfm_train.merging.mix").make_mix(
+        complete(str(tree.rule), params)
+    )
+    statistics = None
+    if mix.rule.needs is not None:
+        cards = {str(ref): library.find(str(ref)) for ref in bricks(tree)}
+        found = sidecars.find(mix.rule.needs, tree.args, cards, library)
+        statistics = sidecars.read(found, mix.rule.needs)
+    sources = [str(argument) for argument in tree.args]
+    merged: Brick = engine.merge(
+        parts, weights, mix, backbone, sources=sources, statistics=statistics
+    ).brick
     return merged

@@ -62,3 +62,12 @@ class Sidecar:
         gate.check_file(name, self.about)
         with explained(self.library.root, f"writing {name} of {self.about}"):
             self.library.storage.put(f"{self.folder}/{name}", content)
+
+
+def find_sidecars(library: Library, card: Card, name: str) -> list[Sidecar]:
+    """Every sidecar of an artifact that holds a file of some name, sorted by data hash."""
+    folder = f"{STATS}/{card.version}"
+    with explained(library.root, f"listing the sidecars of {card.ref}"):
+        hashes = sorted(library.storage.entries(folder))
+    found = [Sidecar(library, card, one) for one in hashes]
+    return [sidecar for sidecar in found if name in sidecar.names()]

@@ -12,6 +12,8 @@ from cfm_train.config import merging
 from cfm_train.configuration.expression import BrickRef, Call, Expression
 from cfm_train.errors import UserError
 from cfm_train.library.card import Card, check_name
+from cfm_train.library.sidecar import Sidecar
+from cfm_train.merging import sidecars
 from cfm_train.merging.weights import check_filters, check_weights
 from cfm_train.operations.selection import Selection, select
 from cfm_train.tracking.wandb_run import resolve_mode
@@ -28,12 +30,16 @@ class Inputs:
         selection: bricks and backbone.
         tree: the merge with all its parameters.
         section: the parameters alone.
+        statistic: the statistics that the rule needs; None for none.
+        sidecars: where those of each brick lie.
         fingerprints: content hashes for the config hash.
     """
 
     selection: Selection
     tree: Call
     section: dict[str, Any]
+    statistic: str | None
+    sidecars: list[Sidecar]
     fingerprints: dict[str, str]
 
 
@@ -59,8 +65,13 @@ def check(config: dict[str, Any]) -> Inputs:
     if section["equal"] is not None:
         parameters["weights"] = weights
     tree = Call("merge", rule, tuple(selection.trees), tuple(parameters.items()))
+    fingerprints = dict(selection.fingerprints)
+    kind, found = sidecars.needed_by(rule), []
+    if kind is not None:
+        found = sidecars.find(kind, selection.trees, selection.cards, selection.library)
+        fingerprints |= {f"{kind}/{i}": sidecars.fingerprint(f, kind) for i, f in enumerate(found)}
     selection.library.check_writable()
-    return Inputs(selection, tree, section, selection.fingerprints)
+    return Inputs(selection, tree, section, kind, found, fingerprints)
 
 
 def check_cards(cards: Sequence[Card], section: Mapping[str, Any]) -> None:
@@ -107,14 +118,19 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     tree = inputs.tree
     weights = merging.thawed(dict(tree.params)).get("weights")
     sources = [str(part) for part in selection.trees]
+    statistics = None
+    if inputs.statistic is not None:
+        statistics = sidecars.read(inputs.sidecars, inputs.statistic)
     with tracked(config, folder) as wandb:
-        result = merge(bodies, weights, mix, backbone, sources=sources)
+        result = merge(bodies, weights, mix, backbone, sources=sources, statistics=statistics)
         merged = result.brick
         parents = [
             {"name": card.name, "version": card.version} for card in selection.cards.values()
         ]
         recipes = {card.ref: card.recipe for card in selection.cards.values()}
-        promises = try_promises(bodies, weights, mix, backbone, sources=sources)
+        promises = try_promises(
+            bodies, weights, mix, backbone, sources=sources, statistics=statistics
+        )
         card = store(
             merged,
             selection.library,
