@@ -1,7 +1,8 @@
 """Sees what flows through sites, and changes nothing: how statistics of a brick are gathered.
 
 A statistic is one file in this room with a function ``gather``; a merge rule names it as what it
-`needs`. It is computed with the brick plugged in, on rows of the task that the brick was trained on.
+`needs`. It is computed with the brick plugged in, on rows of the task that the brick was trained
+on.
 """
 
 from __future__ import annotations
