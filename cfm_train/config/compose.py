@@ -23,8 +23,8 @@ from omegaconf import DictConfig, OmegaConf
 from cfm_train import paths
 from cfm_train.config import sentences, source
 from cfm_train.config.catalogue import groups, recipes
+from cfm_train.config.free_text import text_keys
 from cfm_train.config.quoting import decode, encode, quote
-from cfm_train.config.schema import text_keys
 from cfm_train.config.validate import MISSING, brick_text_keys, leaves
 from cfm_train.errors import UserError, nearest
 

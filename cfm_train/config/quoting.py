@@ -62,7 +62,7 @@ def quote(override: str, kinds: Mapping[str, TextKind], *, sweep: bool = False) 
 
     Args:
         override: what the person typed, ``key=value``.
-        kinds: the keys whose value is free text (`cfm_train.config.schema.text_keys`).
+        kinds: the keys whose value is free text (`cfm_train.config.free_text.text_keys`).
         sweep: whether ``-m`` was given: then ``a,b`` means one job for each, except in prose.
 
     Returns:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError, create_model
 from pydantic_core import ErrorDetails
 
 from cfm_train.config import merging, schema, signature
+from cfm_train.config.free_text import text_kind
 from cfm_train.config.quoting import TextKind
 from cfm_train.config.sentences import value
 from cfm_train.errors import UserError, nearest
@@ -110,7 +111,7 @@ def brick_text_keys() -> dict[str, TextKind]:
     found: dict[str, TextKind | None] = {}
     for kind in signature.kinds("bricks", "Brick"):
         for name, annotation in signature.arguments("bricks", kind, "Brick").items():
-            key, text = f"brick.{name}", schema.text_kind(annotation)
+            key, text = f"brick.{name}", text_kind(annotation)
             found[key] = text if found.get(key, text) == text else None
     return {key: text for key, text in found.items() if text is not None}
 

@@ -16,7 +16,8 @@ from architectures import ARCHITECTURES
 from safetensors.torch import load_file, save_file
 
 from cfm_train.backbone.dtypes import cpu_bfloat16_flags, native_dtype
-from cfm_train.backbone.load import Backbone, load_backbone, load_tokenizer
+from cfm_train.backbone.load import Backbone, load_backbone
+from cfm_train.backbone.pretrained import load_tokenizer
 from cfm_train.backbone.spec import resolve
 from cfm_train.errors import UserError
 from cfm_train.paths import ROOT

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cfm_train.config.compose import compose, expand
+from cfm_train.config.free_text import text_keys
 from cfm_train.config.quoting import TextKind, decode, encode, quote, split
-from cfm_train.config.schema import text_keys
 from cfm_train.errors import UserError
 
 TRAIN = ["recipe=task/classify", "data.train=a.jsonl"]

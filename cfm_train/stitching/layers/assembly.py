@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from cfm_train.backbone.load import skeleton
+from cfm_train.backbone.pretrained import skeleton
 from cfm_train.backbone.roles import assign
 from cfm_train.backbone.sites import SiteMap
 from cfm_train.backbone.spec import ResolvedBackbone
