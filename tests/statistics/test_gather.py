@@ -57,7 +57,7 @@ def test_the_gram_matrix_is_that_of_the_modules_inputs(family: str) -> None:
         kept: dict[str, torch.Tensor] = {}
         hooks = [
             backbone.model.get_submodule(backbone.sites[site].module).register_forward_pre_hook(
-                lambda module, args, site=site: kept.update({site: args[0].double()})
+                lambda module, args, site=site, kept=kept: kept.update({site: args[0].double()})
             )
             for site in sites
         ]
