@@ -24,8 +24,8 @@ class Figure(TypedDict):
 class Cell(TypedDict):
     """One cell of the brick × task matrix; ``role`` says which kind of row it stands in.
 
-    ``head`` is the row whose head answered (null: a language model's own), ``key`` names the
-    examples that the figure was made from, ``source`` the earlier run that they were taken from.
+    ``head`` is the row whose head answered (``head refitted``: one trained anew on the body; null: a
+    language model's own), ``key`` names the examples that the figure was made from, ``source`` the earlier run that they were taken from.
     """
 
     brick: str
@@ -115,11 +115,12 @@ class Data(TypedDict):
 
 @with_config(_STRICT)
 class Sample(TypedDict):
-    """One example as a person reads it."""
+    """One example as a person reads it; ``right`` is null where no answer is right or wrong."""
 
     input: str
     prediction: str
     reference: str
+    right: NotRequired[bool | None]
     task: NotRequired[str]
     at: NotRequired[str]
     step: NotRequired[int]

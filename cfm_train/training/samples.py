@@ -10,7 +10,7 @@ from pytorch_lightning.callbacks import Callback
 
 from cfm_train.backbone.load import Backbone
 from cfm_train.data.encode import Encoded, TaskData
-from cfm_train.data.tasks import GENERATIVE, TaskSpec
+from cfm_train.data.tasks import GENERATIVE, LABELLED, TaskSpec
 from cfm_train.evaluation.evaluator import Answers
 from cfm_train.evaluation.generation import answer_texts
 from cfm_train.tracking.wandb_run import WandbRun
@@ -65,7 +65,11 @@ class SampleOutputs(Callback):
 def show(
     backbone: Backbone, spec: TaskSpec, encoded: Encoded, answers: Answers, count: int
 ) -> list[dict[str, Any]]:
-    """Input, prediction and reference of the first rows, in words."""
+    """Input, prediction and reference of the first rows, in words; and whether that is right.
+
+    Only an answer out of a list of labels is right or wrong: a number is near, and a text that goes
+    on otherwise than the reference may be as good.
+    """
     rows = range(min(count, len(encoded)))
     if spec.type in GENERATIVE:
         said = answer_texts(backbone, spec, encoded, rows)
@@ -79,6 +83,7 @@ def show(
             "input": input_text(encoded.row(i))[:SHOWN],
             "prediction": said[i][0],
             "reference": said[i][1],
+            "right": said[i][0] == said[i][1] if spec.type in LABELLED else None,
             "at": str(encoded.row(i)["_at"]),
         }
         for i in rows

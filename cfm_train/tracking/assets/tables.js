@@ -1,5 +1,11 @@
 // Sample outputs, and the table of all runs.
 
+/** Whether a sample is right; nothing where no answer is right or wrong (free text, numbers). */
+function verdict({ right }) {
+  if (right !== true && right !== false) return null;
+  return html("span", { class: right ? "ok" : "not-ok", "aria-label": right ? "right" : "wrong" }, right ? "✓ " : "✗ ");
+}
+
 function drawSamples() {
   const samples = DATA.samples;
   if (!samples.length) return;
@@ -9,12 +15,10 @@ function drawSamples() {
   const turn = samples.map((sample) => { const n = seen.get(sample.run) || 0; seen.set(sample.run, n + 1); return n; });
   const ordered = samples.map((sample, at) => [turn[at], at, sample]).sort((a, b) => a[0] - b[0] || a[1] - b[1]).map((entry) => entry[2]);
   const row = (sample) => {
-    const right = sample.prediction.trim() === sample.reference.trim();
     const place = [several ? DATA.runs[sample.run].label : null, sample.task, sample.at && sample.at.split(/[\\/]/).pop()].filter(Boolean);
     return html("li", { class: "sample" },
       html("div", { class: "said" }, html("p", {}, sample.input), html("small", {}, [...new Set(place)].join(" · "))),
-      html("div", {}, html("small", { class: "narrow" }, "brick says"), html("p", {},
-        html("span", { class: right ? "ok" : "not-ok", "aria-label": right ? "as the reference" : "not as the reference" }, right ? "✓ " : "✗ "), sample.prediction)),
+      html("div", {}, html("small", { class: "narrow" }, "brick says"), html("p", {}, verdict(sample), sample.prediction)),
       html("div", {}, html("small", { class: "narrow" }, "reference"), html("p", {}, sample.reference)));
   };
   const head = html("li", { class: "sample sample-head", "aria-hidden": "true", style: "border-top:0" },
