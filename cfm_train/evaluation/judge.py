@@ -12,7 +12,7 @@ from cfm_train.backbone.load import Backbone
 from cfm_train.bricks.brick import Brick
 from cfm_train.bricks.heads import Head
 from cfm_train.data.encode import Encoded, TaskData
-from cfm_train.data.tasks import TaskSpec
+from cfm_train.data.tasks import GENERATIVE, TaskSpec
 from cfm_train.evaluation.evaluator import Answers, predict
 from cfm_train.evaluation.generation import answer_texts
 from cfm_train.evaluation.intervals import Score
@@ -56,6 +56,7 @@ class Judged:
                 "metric": primary(self.specs[task], scores),
                 **scores[primary(self.specs[task], scores)].as_dict(),
                 "role": role,
+                "head": brick if self.specs[task].type not in GENERATIVE else None,
             }
             for task, scores in self.scores.items()
         ]

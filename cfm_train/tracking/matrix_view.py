@@ -193,7 +193,11 @@ def _covered(row: Json) -> list[int]:
 
 
 def _figure(cell: Mapping[str, Any] | None) -> Json | None:
-    return None if cell is None else {key: cell[key] for key in ("value", "low", "high", "n")}
+    """What is shown of a cell: the figure, and whose head answered where the record says so."""
+    if cell is None:
+        return None
+    own = {"head": cell["head"]} if cell.get("head") is not None else {}
+    return {key: cell[key] for key in ("value", "low", "high", "n")} | own
 
 
 def _better(cell: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

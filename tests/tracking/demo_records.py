@@ -64,7 +64,7 @@ def trained(
             "flop_share": 0.31,
         },
         "matrix": [
-            cell(name, task, value, "brick"),
+            {**cell(name, task, value, "brick"), "head": name},
             cell("frozen backbone", task, floor, "floor"),
         ],
         "samples": [
@@ -72,6 +72,7 @@ def trained(
                 "input": f"A sentence about {task}, long enough to be read.",
                 "prediction": "yes",
                 "reference": "yes" if number else "no",
+                "right": bool(number),
                 "task": task,
                 "at": f"{task}.jsonl:{number + 1}",
                 "step": 60,
@@ -121,7 +122,9 @@ def quickstart(out: Path) -> list[Record]:
     records = []
     for name in TASKS:
         others = [
-            cell(name, task, TASKS[task][1] - 0.03, "brick") for task in TASKS if task != name
+            {**cell(name, task, TASKS[task][1] - 0.03, "brick"), "head": task}
+            for task in TASKS
+            if task != name
         ]
         record = trained(out, name)
         record["matrix"] += others  # type: ignore[arg-type]

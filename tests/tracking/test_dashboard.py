@@ -248,6 +248,45 @@ def test_runs_can_be_sorted_and_lead_to_their_files(
         assert (page.parent / link).is_file(), link
 
 
+def test_only_answers_that_can_be_right_are_marked(
+    browser: Browser, drawn: Draw, tmp_path: Path
+) -> None:
+    """A label is right or wrong; a text that goes on otherwise is neither."""
+    record = trained(tmp_path, "topic")
+    said = {"input": "x", "prediction": "a"}
+    record["samples"] = [
+        {**said, "reference": "a", "right": True},
+        {**said, "reference": "b", "right": False},
+        {**said, "reference": "b", "right": None},
+        {**said, "reference": "b"},
+    ]
+    page, _ = drawn([record])
+    browser.open(page, width=1280)
+    texts = browser.run(
+        "[...document.querySelectorAll('.sample:not(.sample-head) > div:nth-child(2) p')]"
+        ".map((each) => each.textContent)"
+    )
+    assert texts == ["✓ a", "✗ a", "a", "a"]
+
+
+def test_a_cell_names_whose_head_answered(browser: Browser, drawn: Draw, tmp_path: Path) -> None:
+    """A small mark with its legend, and the name in the cell's tooltip."""
+    page, data = drawn(quickstart(tmp_path))
+    browser.open(page, width=1280)
+    first = data["matrix"]["rows"][0]
+    assert [cell["head"] for cell in first["cells"]] == list(TASKS)
+    marks = browser.run("[...document.querySelectorAll('.heat sup')].length")
+    assert marks == len(TASKS) * (len(TASKS) - 1)
+    assert browser.run("document.querySelector('.key .borrowed').textContent").startswith("†")
+    told = []
+    for at in (0, 1):
+        cell = f"document.querySelectorAll('.heat tbody td[tabindex]')[{at}]"
+        browser.run(f"{cell}.dispatchEvent(new PointerEvent('pointermove', {{bubbles: true}}))")
+        told.append(browser.run("document.getElementById('tip').textContent"))
+    own, other = list(TASKS)[:2]
+    assert "headits own" in told[0] and f"headthat of {other}" in told[1], (own, told)
+
+
 def test_hostile_texts_stay_texts(browser: Browser, drawn: Draw, tmp_path: Path) -> None:
     evil = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
     record = trained(tmp_path, "topic", name="plain")

@@ -16,6 +16,14 @@ function columnScales() {
   });
 }
 
+/** Whose head answered: nothing where the record does not say, or a language model's own did. */
+function headRow(row, cell) {
+  if (!cell.head) return [];
+  const own = cell.head === row.brick;
+  return [["head", own ? "its own" : cell.head === "head refitted" ? "refitted on it" : `that of ${cell.head}`]];
+}
+const borrowed = (row, cell) => Boolean(cell && cell.head && cell.head !== row.brick && cell.head !== "head refitted");
+
 function heatCell(row, number, at, scales) {
   const cell = row.cells[at];
   if (!cell) return html("td", { class: "empty" }, html("span", { "aria-label": "not measured" }, "·"));
@@ -29,8 +37,8 @@ function heatCell(row, number, at, scales) {
   return withTip(html("td", {
     class: classes.join(" ").trim(), style: `--t:${t.toFixed(3)}`, tabindex: -1, "data-value": cell.value,
     "data-low": cell.low, "data-high": cell.high,
-  }, html("b", {}, score(cell.value, metric)), html("small", {}, range(cell, metric))),
-  () => ({ title: `${row.label} on ${task}`, rows: [...figureRows(cell, metric), ...(best ? [["", "best of the column"]] : [])] }));
+  }, html("b", {}, score(cell.value, metric)), borrowed(row, cell) ? html("sup", { class: "dim", "aria-label": "with another brick's head" }, "†") : null, html("small", {}, range(cell, metric))),
+  () => ({ title: `${row.label} on ${task}`, rows: [...figureRows(cell, metric), ...headRow(row, cell), ...(best ? [["", "best of the column"]] : [])] }));
 }
 
 function meanCell(row) {
@@ -94,5 +102,6 @@ function drawMatrix() {
     html("div", { class: "key" },
       floor ? html("span", { class: "nowrap" }, "below the floor ", html("span", { class: "ramp", "aria-hidden": "true" }), " furthest above") : null,
       DATA.matrix.rows.filter((row) => !BOUND.has(row.role)).length > 1 ? html("span", {}, html("span", { class: "best" }, "ring"), " best of its column") : null,
+      rows.some((row) => row.cells.some((cell) => borrowed(row, cell))) ? html("span", { class: "borrowed" }, "† with the head of the task's own brick") : null,
       rows.some((row) => row.cells.includes(null)) ? html("span", {}, "· not measured") : null));
 }
