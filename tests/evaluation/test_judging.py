@@ -14,13 +14,14 @@ from cfm_train.backbone.load import Backbone
 from cfm_train.bricks.heads import Head, pool
 from cfm_train.data.encode import Encoded
 from cfm_train.evaluation import judge as judging
-from cfm_train.evaluation.evaluator import predict
+from cfm_train.evaluation.evaluator import Answers, predict
 from cfm_train.evaluation.floor import train_head
 from cfm_train.evaluation.generation import answer_texts
 from cfm_train.evaluation.judge import judge
 from cfm_train.evaluation.matrix import REFITTED, cells_of, figures_of, heads_of, row
 from cfm_train.evaluation.scorer import Body, Scorer
 from cfm_train.evaluation.shelf import Shelf
+from cfm_train.training.samples import show
 from cfm_train.training.task_head import new_head
 from tests.backbones import plain_model, randomise, tiny
 from tests.tasks import TRAINER, task_data
@@ -203,6 +204,8 @@ def test_generation_equals_row_by_row(family: str, task: str) -> None:
     rows = range(6)
     found = answer_texts(backbone, data.spec, data.test, rows, limit=20)
     alone = [answer_texts(backbone, data.spec, data.test, [i], limit=20)[0] for i in rows]
+    shown = show(backbone, data.spec, data.test, Answers(data.spec), 2)
+    assert [sample["right"] for sample in shown] == [None, None], "no text is right or wrong"
     naive = naive_texts(backbone, data.test, rows, family)
     for (said, right), (one, _), plain, i in zip(found, alone, naive, rows, strict=True):
         words = max(len(said.split()), 1)

@@ -186,4 +186,5 @@ def test_a_run_killed_after_its_last_step_keeps_its_samples(tmp_path: Path) -> N
         found.append((samples.latest, brick.state_dict(), fitted.best_step, fitted.rows))
     assert len(found[0][0]) == 3
     assert found[0][0][0]["prediction"] in ("no", "yes")
+    assert all(s["right"] is (s["prediction"] == s["reference"]) for s in found[0][0])
     assert same(found[0], found[1])
