@@ -231,6 +231,10 @@ def _known(job: Job, seconds: float) -> dict[str, Any]:
         "name": job.config["name"],
         "seed": job.config["seed"],
         "config_hash": job.hash,
+        "seedless_hash": config_hash(
+            {key: value for key, value in job.config.items() if key != "seed"},
+            job.inputs.fingerprints,
+        ),
         "versions": versions,
         "inputs": dict(job.inputs.fingerprints),
         "cost": {"seconds": seconds},

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cfm_train.tracking.matrix_view import READERS
+from cfm_train.tracking.seed_groups import READERS
 
 Json = dict[str, Any]
 

@@ -3,7 +3,9 @@
 How figures meet:
 
 - Rows of the matrix are bricks. Where runs of one name disagree on a task (seeds, settings), each
-  gets a row of its own, named by its seed or its config hash; figures are never averaged over runs.
+  gets a row of its own, named by its seed or its config hash. Runs that differ by their seed alone
+  also get a row of their mean, which competes in their place (`seed_groups`); no other figures are
+  averaged over runs.
 - Bounds are shared: where several runs measured the same bound, the strictest one stands.
 - Where no upper bound was measured, a row that was made from bricks is held against the best brick
   of each task.
@@ -17,25 +19,28 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from cfm_train.data.tasks import LOWER_IS_BETTER
+from cfm_train.evaluation.seeds import over_seeds
+from cfm_train.tracking.seed_groups import READERS, families, with_groups
 
 Json = dict[str, Any]
 
 #: Roles whose rows can win; the others are bounds.
 COMPETES = ("brick", "merged")
-#: Operations that name a brick in their record which they did not make.
-READERS = ("evaluate", "predict", "compare")
 _ROLE_ORDER = {"brick": 0, "merged": 1, "ceiling": 2, "floor": 3}
 
 
 def distinct_labels(names: Sequence[str], records: Sequence[Mapping[str, Any]]) -> list[str]:
     """A name for each record that no other has: with its seed or config hash where it takes one."""
     labels = []
+    grouped = set(families(records).values())
     for name, record in zip(names, records, strict=True):
         same = [r for n, r in zip(names, records, strict=True) if n == name]
         if len(same) == 1:
             labels.append(name)
         elif len({r["seed"] for r in same}) == len(same):
             labels.append(f"{name} · seed {record['seed']}")
+        elif record.get("seedless_hash") in grouped:  # several settings, each with several seeds
+            labels.append(f"{name} · {record['seedless_hash'][:6]} · seed {record['seed']}")
         else:
             labels.append(f"{name} · {record['config_hash'][:6]}")
     return labels
@@ -45,11 +50,13 @@ def matrix_view(records: Sequence[Mapping[str, Any]]) -> Json:
     """The brick × task matrix of some records.
 
     Args:
-        records: records; only ``matrix``, ``seed`` and ``config_hash`` of them are read.
+        records: records; only what says which brick they made with which seed is read of them,
+            and ``matrix``.
 
     Returns:
         ``tasks`` (the columns), ``rows`` (label, brick, role, cells, mean, runs; a cell or None for
-        each column), and ``best``: for each column the number of the row that wins it.
+        each column; ``members`` and ``part`` as `with_groups` has them), and ``best``: for each
+        column the number of the row that wins it.
     """
     found = [(at, cell) for at, record in enumerate(records) for cell in record["matrix"]]
     columns = list(dict.fromkeys((cell["task"], cell["metric"]) for _, cell in found))
@@ -70,13 +77,15 @@ def matrix_view(records: Sequence[Mapping[str, Any]]) -> Json:
     )
     for row in ordered:
         row["cells"] = [_figure(row["cells"].get(column)) for column in range(len(columns))]
-        row["mean"] = _mean(row["cells"], [metric for _, metric in columns])
+    ordered = with_groups(ordered, records)
+    for number, row in enumerate(ordered):
+        row["mean"] = _mean(ordered, number, [metric for _, metric in columns])
     best = []
     for at, (_, metric) in enumerate(columns):
         rivals = [
             (number, row["cells"][at])
             for number, row in enumerate(ordered)
-            if row["role"] in COMPETES and row["cells"][at]
+            if competes(row) and row["cells"][at]
         ]
         best.append(_best(rivals, metric))
     tasks = [
@@ -95,6 +104,7 @@ def _row_names(
         key = (cell["brick"], cell["task"], cell["metric"])
         values.setdefault(key, set()).add(cell["value"])
     split = {brick for (brick, _, _), seen in values.items() if len(seen) > 1}
+    split |= {records[at]["brick"]["name"] for at in families(records)}
     names = [cell["brick"] for _, cell in found]
     for brick in split:
         runs = sorted({at for at, cell in found if cell["brick"] == brick})
@@ -106,10 +116,15 @@ def _row_names(
     return names
 
 
+def competes(row: Mapping[str, Any]) -> bool:
+    """Whether a row can win: it is no bound, and no seed of a group."""
+    return row["role"] in COMPETES and not row.get("part")
+
+
 def headline(matrix: Json, runs: Sequence[Json]) -> Json | None:
     """The winner; or, where no brick stands on two of several tasks, the best of each task."""
     tasks, rows = matrix["tasks"], matrix["rows"]
-    rivals = [(at, row) for at, row in enumerate(rows) if row["role"] in COMPETES]
+    rivals = [(at, row) for at, row in enumerate(rows) if competes(row)]
     if not rivals:
         return None
     widest = max(sum(cell is not None for cell in row["cells"]) for _, row in rivals)
@@ -150,7 +165,8 @@ def _against(matrix: Json, at: int, columns: Sequence[int]) -> Json:
     """A row's figure over some columns, beside the same of the strictest floor and ceiling."""
     rows = matrix["rows"]
     entry: Json = {"row": at, "label": rows[at]["label"], "columns": list(columns)}
-    entry["figure"] = _over([rows[at]["cells"][column] for column in columns])
+    entry["figure"] = _of_row(rows, at, columns)
+    entry["seeds"] = len(rows[at].get("members", ())) or None
     for role in ("floor", "ceiling"):
         bounds = [
             _over([row["cells"][column] for column in columns])
@@ -167,7 +183,7 @@ def _against(matrix: Json, at: int, columns: Sequence[int]) -> Json:
 
 
 def _best_brick(matrix: Json, column: int) -> Json | None:
-    cells = [row["cells"][column] for row in matrix["rows"] if row["role"] == "brick"]
+    cells = [r["cells"][column] for r in matrix["rows"] if r["role"] == "brick" and competes(r)]
     pick = min if matrix["tasks"][column]["lower_is_better"] else max
     measured: list[Json] = [cell for cell in cells if cell]
     return pick(measured, key=lambda cell: cell["value"], default=None)
@@ -212,10 +228,18 @@ def _best(rivals: Sequence[tuple[int, Json]], metric: str) -> int | None:
     return pick(rivals, key=lambda pair: pair[1]["value"])[0]
 
 
-def _mean(cells: Sequence[Json | None], metrics: Sequence[str]) -> Json | None:
+def _mean(rows: Sequence[Json], at: int, metrics: Sequence[str]) -> Json | None:
     """The mean over all tasks, for a row that has them all and metrics that can be added."""
+    cells = rows[at]["cells"]
     whole = len(cells) > 1 and all(cells) and not LOWER_IS_BETTER.intersection(metrics)
-    return _over(cells) if whole else None
+    return _of_row(rows, at, range(len(cells))) if whole else None
+
+
+def _of_row(rows: Sequence[Json], at: int, columns: Sequence[int]) -> Json:
+    """A row's mean over some columns; of a group over its seeds' own means."""
+    if members := rows[at].get("members"):
+        return over_seeds([_of_row(rows, member, columns)["value"] for member in members])
+    return _over([rows[at]["cells"][column] for column in columns])
 
 
 def _over(cells: Iterable[Json | None]) -> Json:

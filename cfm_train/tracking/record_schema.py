@@ -148,7 +148,11 @@ class Examples(TypedDict):
 
 @with_config(_STRICT)
 class Record(TypedDict):
-    """The whole record. ``folder`` is where it was read from; it is never written."""
+    """The whole record.
+
+    ``config_hash`` is that of everything that decides the result, ``seedless_hash`` that of
+    everything but the seed. ``folder`` is where the record was read from; it is never written.
+    """
 
     operation: str
     recipe: str
@@ -161,6 +165,7 @@ class Record(TypedDict):
     checks: dict[str, Check]
     cost: Cost
     config_hash: str
+    seedless_hash: NotRequired[str]
     versions: dict[str, str]
     inputs: dict[str, str]
     data: Data | None

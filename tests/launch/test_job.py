@@ -45,6 +45,10 @@ def test_a_run_and_the_same_command_again(command: Command, tmp_path: Path) -> N
     assert (record["status"], record["operation"], record["seed"]) == ("done", "train", 3)
     assert (record["recipe"], record["name"]) == ("task/quick_tone", "1e5")
     assert record["cost"]["seconds"] > 0
+    assert record["seedless_hash"] != record["config_hash"]
+    other = command("name=1e5", "seed=4").record
+    assert other["seedless_hash"] == record["seedless_hash"]
+    assert other["config_hash"] != record["config_hash"]
     assert record["versions"]["torch"]
     assert set(record["inputs"]) >= {"backbone"}
     assert yaml.safe_load((folder / "config.yaml").read_text()) == validate(

@@ -90,7 +90,17 @@ def language(tmp_path: Path) -> list[Record]:
     return records
 
 
+def seeds(tmp_path: Path) -> list[Record]:
+    """Two bricks with three seeds each."""
+    return [
+        trained(tmp_path, task, seed=seed, seedless_hash=task * 4)
+        for task in list(TASKS)[:2]
+        for seed in (1, 2, 3)
+    ]
+
+
 SETS = {
+    "seeds": seeds,
     "quickstart": quickstart,
     "one run": lambda out: [trained(out, "topic")],
     "many": many,
@@ -246,6 +256,32 @@ def test_runs_can_be_sorted_and_lead_to_their_files(
     for link in links:
         assert not link.startswith("/")
         assert (page.parent / link).is_file(), link
+
+
+def test_the_mean_over_seeds_wins_and_says_so(
+    browser: Browser, drawn: Draw, tmp_path: Path
+) -> None:
+    """The ring is on the mean; its interval and its count are those of the seeds."""
+    records = [
+        trained(tmp_path, "topic", name=name, seed=seed, seedless_hash=name * 4)
+        for name in ("one", "two")
+        for seed in (1, 2, 3)
+    ]
+    page, data = drawn(records)
+    browser.open(page, width=1280)
+    found = browser.run(
+        "[...document.querySelectorAll('.heat tr')].filter((row) => row.querySelector('td.best'))"
+        ".map((row) => row.querySelector('th').textContent)"
+    )
+    assert found == ["onemean of 3 seeds"]
+    assert browser.run("document.querySelector('#headline .winner').textContent") == (
+        "one · mean of 3 seeds"
+    )
+    text = browser.run("document.querySelector('#headline').textContent")
+    assert "Winner of 2" in text and "3 seeds" in text and "test examples" not in text
+    figure = data["matrix"]["rows"][0]["cells"][0]
+    assert figure["value"] == pytest.approx(0.9) and figure["n"] == 3
+    assert figure["high"] - figure["value"] == pytest.approx(4.3027 * 0.01 / 3**0.5, rel=1e-4)
 
 
 def test_only_answers_that_can_be_right_are_marked(

@@ -9,6 +9,7 @@ import pytest
 from demo_records import FINGERPRINT, TASKS, averaged, cell, figure, quickstart, trained
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from cfm_train.tracking.lineage_view import lineage
 from cfm_train.tracking.record import Record, new_record
@@ -17,8 +18,8 @@ from cfm_train.tracking.view import thin, view
 
 def bare(name: str, *cells: dict, seed: int = 0, **other: object) -> Record:
     """A record with nothing but a matrix."""
-    known = {"operation": "train", "recipe": "r", "config_hash": f"{name}{seed}hash"}
-    return new_record(**known, name=name, seed=seed, matrix=list(cells), **other)
+    known = {"operation": "train", "recipe": "r", "config_hash": f"{name}{seed}hash", **other}
+    return new_record(**known, name=name, seed=seed, matrix=list(cells))
 
 
 def rows(shown: dict) -> dict[str, list]:
@@ -53,6 +54,83 @@ def test_runs_of_one_name_that_disagree_get_rows_of_their_own() -> None:
         for h, v in (("a", 0.8), ("b", 0.9))
     ]  # fmt: skip
     assert rows(view(settings_differ, Path())) == {"sst2 · aaaaaa": [0.8], "sst2 · bbbbbb": [0.9]}
+
+
+def seeded(name: str, family: str, values: dict[int, float], **other: object) -> list[Record]:
+    """Runs that differ by their seed alone."""
+    return [
+        bare(
+            name,
+            cell(name, "t", value, "brick"),
+            cell("frozen", "t", 0.5, "floor"),
+            seed=seed,
+            brick={"name": name, "version": f"{seed}{family}", "path": ".", "parents": []},
+            seedless_hash=family * 16,
+            **other,
+        )
+        for seed, value in values.items()
+    ]
+
+
+def test_the_mean_of_the_seeds_competes_and_no_single_seed_does() -> None:
+    """One lucky seed of b beats all of a, and a wins: its mean is higher."""
+    a, b = {1: 0.80, 2: 0.81, 3: 0.82}, {1: 0.70, 2: 0.90, 3: 0.71}
+    shown = view([*seeded("a", "a1b2", a), *seeded("b", "c3d4", b)], Path())
+    assert list(rows(shown)) == [
+        "a · mean of 3 seeds", "a · seed 1", "a · seed 2", "a · seed 3",
+        "b · mean of 3 seeds", "b · seed 1", "b · seed 2", "b · seed 3", "frozen",
+    ]  # fmt: skip
+    table = shown["matrix"]["rows"]
+    assert [row["members"] for row in table if "members" in row] == [[1, 2, 3], [5, 6, 7]]
+    for at, values in ((0, a), (4, b)):
+        mean = stats.ttest_1samp(list(values.values()), 0.0).confidence_interval(0.95)
+        found = table[at]["cells"][0]
+        assert found["value"] == pytest.approx(np.mean(list(values.values())))
+        assert (found["low"], found["high"]) == pytest.approx((mean.low, mean.high))
+        assert found["n"] == 3
+    assert shown["matrix"]["best"] == [0]
+    head = shown["headline"]
+    assert (head["label"], head["of"], head["seeds"]) == ("a · mean of 3 seeds", 2, 3)
+    assert head["figure"] == table[0]["cells"][0] and head["run"] is None
+    assert [point["row"] for point in shown["costs"]] == [1, 2, 3, 5, 6, 7], "each at its own cost"
+
+
+def test_settings_of_one_name_are_grouped_apart() -> None:
+    records = [*seeded("a", "a1b2", {1: 0.6, 2: 0.7}), *seeded("a", "c3d4", {1: 0.8, 2: 0.9})]
+    shown = view(records, Path())
+    assert {k: v[0] for k, v in rows(shown).items() if "mean" in k} == pytest.approx(
+        {"a · a1b2a1 · mean of 2 seeds": 0.65, "a · c3d4c3 · mean of 2 seeds": 0.85}
+    )
+    assert shown["headline"]["label"] == "a · c3d4c3 · mean of 2 seeds"
+    assert [run["label"] for run in shown["runs"]][1] == "a · a1b2a1 · seed 2"
+
+
+def test_what_is_no_group_of_seeds() -> None:
+    """One seed, other settings, a second reading of the same brick, unknown settings."""
+    alone = seeded("a", "a1b2", {1: 0.6}) + seeded("b", "c3d4", {2: 0.7})
+    assert list(rows(view(alone, Path()))) == ["a", "b", "frozen"]
+    read = seeded("a", "a1b2", {1: 0.6, 2: 0.6}, operation="evaluate")
+    assert list(rows(view(read, Path()))) == ["a", "frozen"]
+    old = seeded("a", "a1b2", {1: 0.6, 2: 0.7})
+    for record in old:
+        del record["seedless_hash"]
+    assert list(rows(view(old, Path()))) == ["a · seed 1", "a · seed 2", "frozen"]
+    same = seeded("a", "a1b2", {1: 0.6, 2: 0.6})
+    assert list(rows(view(same, Path()))) == ["a · mean of 2 seeds", "a · seed 1", "a · seed 2",
+                                              "frozen"]  # fmt: skip
+
+
+def test_the_mean_over_tasks_of_a_group_is_that_of_its_seeds() -> None:
+    """Each seed's mean of the tasks first: the tasks of one seed are not independent."""
+    records, values = seeded("a", "a1b2", {1: 0.6, 2: 0.7, 3: 0.65}), (0.5, 0.4, 0.6)
+    for record, value in zip(records, values, strict=True):
+        record["matrix"].append(cell("a", "u", value, "brick"))  # type: ignore[arg-type]
+    shown = view(records, Path())
+    means = [(x + y) / 2 for x, y in zip((0.6, 0.7, 0.65), values, strict=True)]
+    expected = stats.ttest_1samp(means, 0.0).confidence_interval(0.95)
+    mean = shown["matrix"]["rows"][0]["mean"]
+    assert (mean["low"], mean["high"]) == pytest.approx((expected.low, expected.high))
+    assert shown["headline"]["figure"] == mean
 
 
 def test_the_same_figure_from_two_runs_is_one_cell() -> None:

@@ -132,10 +132,10 @@ function withTip(element, content) {
   element.addEventListener("blur", hideTip);
   return element;
 }
-const figureRows = (figure, metric) => [
+const figureRows = (figure, metric, seeds) => [
   [words(metric), score(figure.value, metric) + unit(metric)],
   ["95 % interval", range(figure, metric)],
-  ["examples", String(figure.n)],
+  [seeds ? "seeds" : "examples", String(figure.n)],
 ];
 
 /** Draws when the element has a width, and again whenever that changes. */

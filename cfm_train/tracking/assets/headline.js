@@ -73,7 +73,7 @@ function drawHeadline() {
       html("p", { class: "eyebrow" }, alone ? "Result" : `Winner of ${head.of}`),
       html("p", { class: "winner" }, head.label),
       html("div", { class: "big" }, html("b", { "data-value": head.figure.value }, score(head.figure.value, metric) + unit(metric)), gain(head, metric)),
-      html("p", { class: "dim" }, `${words(metric)}, ${tasksOf(head.columns)} · 95 % interval ${range(head.figure, metric)} · ${head.figure.n} test examples`),
+      html("p", { class: "dim" }, `${words(metric)}, ${tasksOf(head.columns)} · 95 % interval ${range(head.figure, metric)} · ${head.figure.n} ${head.seeds ? "seeds" : "test examples"}`),
       drawnIn(html("div", {}), (width) => bullet(head, metric, width))),
     tiles && html("div", {},
       html("p", { class: "eyebrow" }, "What it cost"),

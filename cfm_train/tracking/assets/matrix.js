@@ -2,6 +2,8 @@
 
 const ROLES = { brick: "Bricks", merged: "Made from bricks", ceiling: "Upper bounds", floor: "Lower bounds" };
 const BOUND = new Set(["floor", "ceiling"]);
+/** Whether a row can win its columns: a single seed beside the mean of several cannot. */
+const competes = (row) => !BOUND.has(row.role) && !row.part;
 
 /** For each column what is neutral (the floor, else the worst cell) and how far the furthest is. */
 function columnScales() {
@@ -31,21 +33,21 @@ function heatCell(row, number, at, scales) {
   const { zero, far, merit } = scales[at];
   const distance = far ? (merit(row) - zero) / far : 0;
   const t = Math.abs(distance);
-  const rivals = DATA.matrix.rows.filter((other) => other.cells[at] && !BOUND.has(other.role)).length;
+  const rivals = DATA.matrix.rows.filter((other) => other.cells[at] && competes(other)).length;
   const best = DATA.matrix.best[at] === number && rivals > 1;
   const classes = [distance > 0 ? "gain" : distance < 0 ? "behind" : "", best ? "best" : ""];
   return withTip(html("td", {
     class: classes.join(" ").trim(), style: `--t:${t.toFixed(3)}`, tabindex: -1, "data-value": cell.value,
     "data-low": cell.low, "data-high": cell.high,
   }, html("b", {}, score(cell.value, metric)), borrowed(row, cell) ? html("sup", { class: "dim", "aria-label": "with another brick's head" }, "†") : null, html("small", {}, range(cell, metric))),
-  () => ({ title: `${row.label} on ${task}`, rows: [...figureRows(cell, metric), ...headRow(row, cell), ...(best ? [["", "best of the column"]] : [])] }));
+  () => ({ title: `${row.label} on ${task}`, rows: [...figureRows(cell, metric, row.members), ...headRow(row, cell), ...(best ? [["", "best of the column"]] : [])] }));
 }
 
 function meanCell(row) {
   if (!row.mean) return html("td", { class: "empty mean" });
   return withTip(html("td", { class: "mean", tabindex: -1, "data-value": row.mean.value },
     html("b", {}, score(row.mean.value, "mean")), html("small", {}, range(row.mean, "mean"))),
-  () => ({ title: `${row.label}, mean of all tasks`, rows: figureRows(row.mean, "mean") }));
+  () => ({ title: `${row.label}, mean of all tasks`, rows: figureRows(row.mean, "mean", row.members) }));
 }
 
 /** One tab stop for the whole table; the arrow keys go from cell to cell. */
@@ -88,7 +90,7 @@ function drawMatrix() {
       role = row.role;
       body.append(html("tr", { class: "group" }, html("th", { colspan: tasks.length + 1 + means, scope: "rowgroup" }, ROLES[role])));
     }
-    body.append(html("tr", { class: BOUND.has(role) ? "bound" : "" }, html("th", { scope: "row" }, row.brick, row.label === row.brick ? null : html("small", {}, row.label.slice(row.brick.length + 3))),
+    body.append(html("tr", { class: BOUND.has(role) ? "bound" : row.part ? "part" : "" }, html("th", { scope: "row" }, row.brick, row.label === row.brick ? null : html("small", {}, row.label.slice(row.brick.length + 3))),
       tasks.map((_, at) => heatCell(row, number, at, scales)), means ? meanCell(row) : null));
   });
   const floor = rows.some((row) => row.role === "floor");
@@ -96,12 +98,13 @@ function drawMatrix() {
   fill("matrix",
     html("p", { class: "lead" }, "Test score of each brick on each task",
       natural ? "" : ", in percent", ", with its 95\u00a0% interval. Colour counts from ",
-      floor ? "the lower bound (the frozen backbone with a head of its own)." : "the lowest cell of the column."),
+      floor ? "the lower bound (the frozen backbone with a head of its own)." : "the lowest cell of the column.",
+      rows.some((row) => row.members) ? " A mean over seeds has Student's interval over them; single seeds do not compete." : null),
     html("div", { class: "scroll" }, withArrows(html("table", { class: "heat",
       style: `--columns:${tasks.length + means};--first:${tasks.length > 8 ? 130 : 220}px` }, head, body))),
     html("div", { class: "key" },
       floor ? html("span", { class: "nowrap" }, "below the floor ", html("span", { class: "ramp", "aria-hidden": "true" }), " furthest above") : null,
-      DATA.matrix.rows.filter((row) => !BOUND.has(row.role)).length > 1 ? html("span", {}, html("span", { class: "best" }, "ring"), " best of its column") : null,
+      DATA.matrix.rows.filter(competes).length > 1 ? html("span", {}, html("span", { class: "best" }, "ring"), " best of its column") : null,
       rows.some((row) => row.cells.some((cell) => borrowed(row, cell))) ? html("span", { class: "borrowed" }, "† with the head of the task's own brick") : null,
       rows.some((row) => row.cells.includes(null)) ? html("span", {}, "· not measured") : null));
 }
