@@ -24,9 +24,9 @@ class Figure(TypedDict):
 class Cell(TypedDict):
     """One cell of the brick × task matrix; ``role`` says which kind of row it stands in.
 
-    ``head`` is the row whose head answered (``head refitted``: one trained anew on the body; null: a
-    language model's own), ``key`` names the examples that the figure was made from, ``source`` the
-    earlier run that they were taken from.
+    ``head`` is the row whose head answered (``head refitted``: one trained anew on the body; null:
+    a language model's own), ``key`` names the examples that the figure was made from, ``source``
+    the earlier run that they were taken from.
     """
 
     brick: str
