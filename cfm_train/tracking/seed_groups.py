@@ -14,7 +14,7 @@ from cfm_train.evaluation.seeds import over_seeds
 Json = dict[str, Any]
 
 #: Operations that name a brick in their record which they did not make.
-READERS = ("evaluate", "predict", "compare")
+READERS = ("evaluate", "predict", "compare", "analyze")
 
 
 def families(records: Sequence[Mapping[str, Any]]) -> dict[int, str]:
@@ -34,7 +34,7 @@ def families(records: Sequence[Mapping[str, Any]]) -> dict[int, str]:
 
 
 def with_groups(rows: Sequence[Json], records: Sequence[Mapping[str, Any]]) -> list[Json]:
-    """Puts a row of means before the rows of its seeds.
+    """Puts a row of means before the rows of its seeds, which follow it.
 
     Args:
         rows: rows of the matrix, their cells in the order of its columns.
@@ -65,7 +65,12 @@ def with_groups(rows: Sequence[Json], records: Sequence[Mapping[str, Any]]) -> l
         }
         for member in members:
             member["part"] = True
-    ordered = [each for row in rows for each in (before.get(id(row)), row) if each is not None]
+    ordered: list[Json] = []
+    for row in rows:  # a group stands together, where its first seed stood
+        if group := before.get(id(row)):
+            ordered += [group, *group["of"]]
+        elif not row.get("part"):
+            ordered.append(row)
     numbers = {id(row): number for number, row in enumerate(ordered)}
     for row in before.values():
         row["members"] = [numbers[id(member)] for member in row.pop("of")]

@@ -97,12 +97,18 @@ def test_the_mean_of_the_seeds_competes_and_no_single_seed_does() -> None:
 
 def test_settings_of_one_name_are_grouped_apart() -> None:
     records = [*seeded("a", "a1b2", {1: 0.6, 2: 0.7}), *seeded("a", "c3d4", {1: 0.8, 2: 0.9})]
+    records = [records[at] for at in (0, 2, 1, 3)]  # as a sweep over both has them
     shown = view(records, Path())
+    assert [label.split(" · ")[1:] for label in rows(shown) if label != "frozen"] == [
+        [family, what]
+        for family in ("a1b2a1", "c3d4c3")
+        for what in ("mean of 2 seeds", "seed 1", "seed 2")
+    ]
     assert {k: v[0] for k, v in rows(shown).items() if "mean" in k} == pytest.approx(
         {"a · a1b2a1 · mean of 2 seeds": 0.65, "a · c3d4c3 · mean of 2 seeds": 0.85}
     )
     assert shown["headline"]["label"] == "a · c3d4c3 · mean of 2 seeds"
-    assert [run["label"] for run in shown["runs"]][1] == "a · a1b2a1 · seed 2"
+    assert [run["label"] for run in shown["runs"]][2] == "a · a1b2a1 · seed 2"
 
 
 def test_what_is_no_group_of_seeds() -> None:
