@@ -84,7 +84,6 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     }
     sites = observed_sites(list(bricks.values()))
     sites = [name for name in backbone.sites if name in sites]
-    metrics: dict[str, Any] = {}
     with tracked(config, folder) as wandb:
         for ref, brick in bricks.items():
             card, task = selection.cards[ref], inputs.tasks[ref]
@@ -110,17 +109,10 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
             sidecar = selection.library.sidecar(card, _hash(about))
             sidecar.write(TENSORS.format(kind=kind), save(found))
             sidecar.write(FACTS.format(kind=kind), json.dumps(about, indent=2).encode())
-            metrics[f"{kind}/{card.name}/rows"] = {
-                "value": size,
-                "low": size,
-                "high": size,
-                "n": size,
-            }
             print(f"{kind} of {card.ref}: {size} rows of {task.spec.name}, {len(sites)} sites")
         same = unchanged(backbone, before, selection.backbone)
     return {
         **backbone_entries(backbone, same),
-        "metrics": metrics,
         "cost": {"peak_memory_bytes": peak_memory()},
         "wandb": wandb.as_record(),
     }

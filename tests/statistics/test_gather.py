@@ -49,12 +49,12 @@ def test_the_gram_matrix_is_that_of_the_modules_inputs(family: str) -> None:
     seen: list[int] = []
     found = gram.gather(backbone, brick, task, sites, rows=ROWS, seed=0, progress=seen.append)
     assert sum(seen) == ROWS and set(found) == set(sites)
+    kept: dict[str, torch.Tensor] = {}
     expected = {site: torch.zeros(()).double() for site in sites}
     tokens = 0
     for one in rows_seen(task, backbone):
         mask = one["attention_mask"].bool()
         tokens += int(mask.sum())
-        kept: dict[str, torch.Tensor] = {}
         hooks = [
             backbone.model.get_submodule(backbone.sites[site].module).register_forward_pre_hook(
                 lambda module, args, site=site, kept=kept: kept.update({site: args[0].double()})

@@ -1,0 +1,361 @@
+"""Merge rules on the same bricks: the 12 tasks on MiniLM, rule by rule.
+
+    python benchmarks/merge_tasks.py --root ../shared/data/tasks --seeds 0 1 2
+
+For each seed: a LoRA brick for every task, one multi-task brick (the ceiling), heads alone (the
+floor), Gram and Fisher statistics. Each rule merges the same bricks; its hyper-parameters are
+chosen by the mean accuracy on validation rows, then it is scored once on test rows, with each
+task's own head. What is done already is taken from ``--work``: a run that was broken off goes on.
+
+Printed for each rule: mean accuracy, the mean of accuracy over the task's own brick's (normalised),
+and the difference to task arithmetic tuned in the same way, with a 95 % interval over tasks (mean
+over seeds first, Student's t).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+BASELINE = "task_arithmetic"
+SCALES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0]
+
+#: Rule option -> values of each parameter that is tuned. All get the same kind of budget.
+GRIDS: dict[str, dict[str, list[Any]]] = {
+    "linear": {},
+    "task_arithmetic": {"scale": SCALES},
+    "ties/paper": {"density": [0.2, 0.5], "scale": [0.5, 1.0, 1.5, 2.0]},
+    "ties/mergekit": {"density": [0.2, 0.5], "scale": [0.5, 1.0, 1.5, 2.0]},
+    "ties/knots": {"density": [0.2, 0.5], "scale": [0.5, 1.0, 1.5, 2.0]},
+    "ties/paper in core space": {"density": [0.2, 0.5], "scale": [0.5, 1.0, 1.5, 2.0]},
+    "task_arithmetic + dare": {"density": [0.5], "scale": SCALES},
+    "task_arithmetic + della": {"density": [0.5], "scale": SCALES},
+    "task_arithmetic + breadcrumbs": {"density": [0.85], "scale": SCALES},
+    "task_arithmetic + tall": {"threshold": [0.2, 0.4], "agree": [2], "scale": SCALES[2:]},
+    "magmax": {"scale": [0.3, 0.5, 0.7, 1.0]},
+    "sce": {"scale": [0.5, 1.0, 1.5, 2.0]},
+    "model_stock": {},
+    "karcher": {"scale": [0.5, 1.0, 2.0, 3.0]},
+    "multislerp": {"scale": [0.5, 1.0, 2.0, 3.0]},
+    "fisher": {"scale": [0.5, 1.0, 1.5, 2.0]},
+    "regmean": {"alpha": [0.5, 0.9, 1.0]},
+    "tsv": {"scale": [0.3, 0.5, 0.7, 1.0, 1.5]},
+    "iso_c": {"scale": [0.3, 0.5, 0.7, 1.0, 1.5]},
+    "iso_cts": {"scale": [0.3, 0.5, 0.7, 1.0, 1.5]},
+    "wudi": {"scale": [0.3, 0.5, 0.7, 1.0]},
+}
+
+
+def option_of(rule: str) -> tuple[str, dict[str, Any]]:
+    """A line of the table as an option of ``conf/rule`` and what it changes."""
+    if rule.endswith(" in core space"):
+        return rule.removesuffix(" in core space"), {"space": "core"}
+    name, _, sparsify = rule.partition(" + ")
+    return name, {"sparsify": sparsify} if sparsify else {}
+
+
+def candidates(rule: str) -> Iterator[dict[str, Any]]:
+    """Every point of a rule's grid."""
+    grid = GRIDS[rule]
+    for values in itertools.product(*grid.values()):
+        yield dict(zip(grid, values, strict=True))
+
+
+class Bench:
+    """One seed: its bricks, tasks and backbone.
+
+    Args:
+        seed: of training.
+        options: the command line.
+    """
+
+    def __init__(self, seed: int, options: argparse.Namespace) -> None:
+        self.seed = seed
+        self.options = options
+        self.folder = options.work / f"seed{seed}"
+        self.tasks: list[str] = list(options.tasks)
+
+    def prepare(self) -> None:
+        """Trains what is missing, gathers statistics, loads backbone, bricks and data."""
+        from cfm_train.bricks.stored import open_brick
+        from cfm_train.config.compose import option
+        from cfm_train.data.encode import encode
+        from cfm_train.data.sources import check
+        from cfm_train.library.store import Library
+        from cfm_train.operations.selection import select
+        from cfm_train.operations.setting import open_backbone
+        from cfm_train.paths import cache_dir
+
+        options = self.options
+        for task in self.tasks:
+            self._run(f"recipe=task/{task}", f"data.root={options.root}", *self._training())
+        names = ",".join(self.tasks)
+        self._run(
+            "recipe=task/multitask",
+            f"data.tasks=[{names}]",
+            f"data.root={options.root}",
+            "evaluation.bootstrap=1",
+            *self._training(),
+        )
+        for kind in ("gram", "fisher"):
+            self._run(
+                f"recipe=analyze/{kind}",
+                f"bricks=[{names}]",
+                f"data.root={options.root}",
+                f"data.limit={options.rows}",
+            )
+        self.library = Library(str(self.folder / "library"))
+        selection = select(
+            {"bricks": self.tasks, "library": str(self.folder / "library"), "backbone": None}
+        )
+        self.selection = selection
+        self.backbone, _ = open_backbone(selection.backbone, selection.section)
+        self.bricks = {
+            card.name: open_brick(card, self.library, self.backbone)
+            for card in selection.cards.values()
+        }
+        self.ceiling = open_brick(self.library.find("multitask"), self.library, self.backbone)
+        self.data = {}
+        for task in self.tasks:
+            section = option("data", task, root=str(options.root), limit=options.rows)
+            section["max_length"] = options.max_length
+            self.data[task] = encode(check(section), self.backbone.tokenizer, cache_dir())
+
+    def _training(self) -> list[str]:
+        options = self.options
+        return [
+            f"data.limit={options.rows}",
+            f"data.max_length={options.max_length}",
+            "brick=lora",
+            f"brick.rank={options.rank}",
+            f"brick.learning_rate={options.rate}",
+            f"trainer.epochs={options.epochs}",
+            "trainer.samples=0",
+            "evaluation.bootstrap=1",
+        ]
+
+    def _run(self, *overrides: str) -> dict[str, Any]:
+        from cfm_train.launch.job import prepare
+
+        common = (f"seed={self.seed}", "tracking.mode=disabled", f"outputs={self.folder}")
+        return prepare([*overrides, *common, f"library={self.folder}/library"]).start()
+
+    def accuracies(self, plugged: Any, split: str, heads: Mapping[str, Any]) -> dict[str, float]:
+        """Accuracy on every task, with the heads given."""
+        from cfm_train.evaluation.evaluator import predict
+        from cfm_train.evaluation.judge import TOKENS_PER_BATCH
+
+        limit = self.options.validation if split == "validation" else self.options.test
+        found = {}
+        with self.backbone.slots.plugged(plugged):
+            for task in self.tasks:
+                data = self.data[task]
+                rows = first_rows(getattr(data, split), limit)
+                answers = predict(
+                    self.backbone, heads[task], data.spec, rows, tokens_per_batch=TOKENS_PER_BATCH
+                )
+                right = [
+                    answers.predictions[i] == answers.references[i] for i in answers.predictions
+                ]
+                found[task] = statistics.fmean(right)
+        return found
+
+    def bounds(self) -> dict[str, dict[str, float]]:
+        """Each task's own brick, the multi-task brick, and heads alone, on test rows."""
+        from cfm_train.evaluation.floor import train_head
+
+        own: dict[str, float] = {}
+        for task, brick in self.bricks.items():
+            everything, self.tasks = self.tasks, [task]
+            own |= self.accuracies([brick], "test", {task: brick.head_for(task)})
+            self.tasks = everything
+        settings = self.selection.cards[next(iter(self.selection.cards))].recipe["trainer"]
+        alone = {
+            task: train_head(self.backbone, self.data[task], settings, seed=self.seed)
+            for task in self.tasks
+        }
+        heads = {task: self.ceiling.head_for(task) for task in self.tasks}
+        return {
+            "own": own,
+            "multitask": self.accuracies([self.ceiling], "test", heads),
+            "head alone": self.accuracies([], "test", alone),
+        }
+
+    def best(self, rule: str) -> dict[str, Any]:
+        """A rule at the parameters that are best on validation, scored on test rows."""
+        tried = []
+        for parameters in candidates(rule):
+            merged = self.merged(rule, parameters)
+            found = self.accuracies([merged], "validation", merged.heads)
+            tried.append((statistics.fmean(found.values()), parameters))
+        score, parameters = max(tried, key=lambda one: one[0])
+        merged = self.merged(rule, parameters)
+        return {
+            "parameters": parameters,
+            "validation": score,
+            "tried": tried,
+            "test": self.accuracies([merged], "test", merged.heads),
+        }
+
+    def merged(self, rule: str, parameters: Mapping[str, Any]) -> Any:
+        """The merge of all of the seed's bricks."""
+        from cfm_train.config.merging import complete
+        from cfm_train.merging import engine, sidecars
+        from cfm_train.merging.mix import make_mix
+
+        option, given = option_of(rule)
+        mix = make_mix(complete(option, {**given, **parameters, "seed": self.seed}))
+        trees, cards = self.selection.trees, self.selection.cards
+        gathered = None
+        if mix.rule.needs:
+            found = sidecars.find(mix.rule.needs, trees, cards, self.library)
+            gathered = sidecars.read(found, mix.rule.needs)
+        return engine.merge(
+            list(self.bricks.values()),
+            None,
+            mix,
+            self.backbone,
+            sources=list(map(str, trees)),
+            statistics=gathered,
+        ).brick
+
+
+def first_rows(encoded: Any, count: int) -> Any:
+    """The first rows of a split, as a split."""
+    from cfm_train.data.encode import Encoded
+
+    if len(encoded) <= count:
+        return encoded
+    ends = encoded.arrays["offsets"]
+    arrays = {
+        name: array[: ends[count]]
+        if len(array) == ends[-1]
+        else array[: count + 1]
+        if name == "offsets"
+        else array[:count]
+        for name, array in encoded.arrays.items()
+    }
+    return Encoded(arrays, encoded.rows[:count], 0, encoded.max_length)
+
+
+def summary(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """One line for each bound and rule that every seed has."""
+    from scipy.stats import t as student
+
+    seeds = list(results)
+    rules = [r for r in GRIDS if all(r in results[s]["rules"] for s in seeds)]
+    lines: dict[str, dict[str, Any]] = {}
+
+    def scores(name: str, seed: str) -> dict[str, float]:
+        bounds = results[seed]["bounds"]
+        found: dict[str, float] = (
+            bounds[name] if name in bounds else results[seed]["rules"][name]["test"]
+        )
+        return found
+
+    tasks = list(scores("own", seeds[0]))
+    for name in ["head alone", *rules, "multitask", "own"]:
+        each = {
+            task: statistics.fmean(scores(name, seed)[task] for seed in seeds) for task in tasks
+        }
+        normalised = statistics.fmean(
+            scores(name, seed)[task] / scores("own", seed)[task] for seed in seeds for task in tasks
+        )
+        line: dict[str, Any] = {
+            "average": 100 * statistics.fmean(each.values()),
+            "normalised": 100 * normalised,
+            "tasks": each,
+        }
+        if BASELINE in rules and name != BASELINE:
+            differences = [
+                100
+                * statistics.fmean(
+                    scores(name, seed)[task] - scores(BASELINE, seed)[task] for seed in seeds
+                )
+                for task in tasks
+            ]
+            mean = statistics.fmean(differences)
+            error = statistics.stdev(differences) / len(differences) ** 0.5
+            half = student.ppf(0.975, len(differences) - 1) * error
+            line["over_task_arithmetic"] = {"mean": mean, "low": mean - half, "high": mean + half}
+        if name in rules:
+            line["chosen"] = [results[seed]["rules"][name]["parameters"] for seed in seeds]
+        lines[name] = line
+    return lines
+
+
+def as_markdown(lines: Mapping[str, Mapping[str, Any]]) -> str:
+    """The table for a page, best rule last before the bounds above it."""
+    tasks = list(next(iter(lines.values()))["tasks"])
+    head = ["", "average", "normalised", "to tuned task arithmetic", *tasks]
+    rows = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for name, line in sorted(lines.items(), key=lambda item: item[1]["average"]):
+        over = line.get("over_task_arithmetic")
+        shown = f"{over['mean']:+.1f} [{over['low']:+.1f}, {over['high']:+.1f}]" if over else "–"
+        rows.append(
+            [
+                name,
+                f"{line['average']:.1f}",
+                f"{line['normalised']:.1f}",
+                shown,
+                *(f"{100 * line['tasks'][task]:.1f}" for task in tasks),
+            ]
+        )
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def main() -> None:
+    """Runs the benchmark and prints its table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--root", type=Path, required=True, help="folder of <task>.train.jsonl …")
+    parser.add_argument("--tasks", nargs="+", help="all of the folder's unless named")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--rules", nargs="+", default=list(GRIDS), choices=list(GRIDS))
+    parser.add_argument("--rows", type=int, default=2000, help="training rows of each task")
+    parser.add_argument("--max-length", type=int, default=128, help="tokens of a text")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--validation", type=int, default=100, help="validation rows of each task")
+    parser.add_argument("--test", type=int, default=500, help="test rows of each task")
+    parser.add_argument("--work", type=Path, default=Path("outputs/merge_tasks"))
+    options = parser.parse_args()
+    if options.tasks is None:
+        options.tasks = list(json.loads((options.root / "tasks.json").read_text()))
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+    results: dict[str, Any] = {}
+    for seed in options.seeds:
+        out = options.work / f"seed{seed}.json"
+        found = json.loads(out.read_text()) if out.is_file() else {"rules": {}}
+        results[str(seed)] = found
+        if "bounds" in found and set(options.rules) <= found["rules"].keys():
+            continue
+        bench = Bench(seed, options)
+        bench.prepare()
+        if "bounds" not in found:
+            found["bounds"] = bench.bounds()
+        for rule in options.rules:
+            if rule not in found["rules"]:
+                found["rules"][rule] = bench.best(rule)
+                average = statistics.fmean(found["rules"][rule]["test"].values())
+                chosen = found["rules"][rule]["parameters"]
+                print(f"seed {seed} {rule:32} {100 * average:5.1f} {chosen}", flush=True)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(found, indent=1))
+    lines = summary(results)
+    (options.work / "summary.json").write_text(json.dumps(lines, indent=1))
+    print(as_markdown(lines))
+
+
+if __name__ == "__main__":
+    main()
