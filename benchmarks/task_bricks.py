@@ -124,6 +124,9 @@ def peer(
             lora_alpha=2 * options.rank,
             target_modules=["query", "value"],
             task_type="SEQ_CLS",
+            # By default PEFT leaves the pooler frozen, and this checkpoint has none: it would be
+            # noise that nothing learns.
+            modules_to_save=["classifier", "pooler"],
         ),
     )
 
