@@ -52,7 +52,18 @@ def open_brick(card: Card, library: Library, backbone: Backbone) -> Brick:
     gate.check_artifact(card, folder)
     files = {name: (folder / name).read_bytes() for name in card.files}
     brick = brick_class(card.kind).restore(card.interface, files, backbone)
-    heads = load(files[HEADS_FILE]) if HEADS_FILE in files else {}
+    open_heads(brick, card, library)
+    return brick.to(backbone.device).eval().requires_grad_(False)
+
+
+def open_heads(brick: Brick, card: Card, library: Library) -> None:
+    """Gives a brick the heads that lie with a card.
+
+    Raises:
+        UserError: a tensor of a head is missing, or belongs to none.
+    """
+    path = library.folder(card) / HEADS_FILE
+    heads = load(path.read_bytes()) if HEADS_FILE in card.files else {}
     for task, described in card.heads.items():
         head = Head.from_description(described)
         for name, value in head.state_dict().items():
@@ -69,4 +80,3 @@ def open_brick(card: Card, library: Library, backbone: Backbone) -> Brick:
             f"Brick {card.ref} has the tensor '{min(heads)}' of a head that its card does not "
             "name: add or train it again."
         )
-    return brick.to(backbone.device).eval().requires_grad_(False)

@@ -246,6 +246,18 @@ class Analyze(Run):
     data: EvaluationData
 
 
+class Stitch(Run):
+    """Make one brick of several that act one after the other or side by side."""
+
+    backbone: Backbone | None
+    bricks: list[str]
+    mode: str
+    fold: bool
+    tasks: list[str]
+    data: EvaluationData
+    evaluation: Evaluation
+
+
 class Compare(Evaluate):
     """Score bricks on tasks, and draw them with the runs that made them."""
 
@@ -264,6 +276,7 @@ OPERATIONS: dict[str, type[Run]] = {
     "analyze": Analyze,
     "stitch_layers": StitchLayers,
     "stitch_bridge": StitchBridge,
+    "stitch": Stitch,
     "compare": Compare,
     "sequence": Sequence,
 }

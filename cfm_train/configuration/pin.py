@@ -6,8 +6,11 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from cfm_train.config import merging
-from cfm_train.configuration.expression import BrickRef, Call, Expression
+from cfm_train.configuration.expression import BrickRef, Call, Expression, Value
 from cfm_train.library.card import Card
+
+#: What a parameter is where a configuration leaves it out.
+DEFAULTS: dict[str, dict[str, Value]] = {"stitch": {"mode": "chain"}}
 
 
 class Finder(Protocol):
@@ -36,7 +39,17 @@ def pin(tree: Expression, library: Finder) -> Expression:
     rule, params = tree.rule, tree.params
     if tree.fn == "merge":
         rule, params = _all_parameters(str(rule), dict(params), len(tree.args))
-    return Call(tree.fn, rule, tuple(pin(arg, library) for arg in tree.args), params)
+    args = tuple(pin(arg, library) for arg in tree.args)
+    return with_defaults(Call(tree.fn, rule, args, params))
+
+
+def with_defaults(call: Call) -> Call:
+    """The same call with the parameters that it left out (of a merge, see `config.merging`)."""
+    given = dict(call.params)
+    left = {k: v for k, v in DEFAULTS.get(call.fn, {}).items() if k not in given}
+    if not left:
+        return call
+    return Call(call.fn, call.rule, call.args, (*call.params, *left.items()))
 
 
 def _all_parameters(

@@ -16,7 +16,7 @@ from cfm_train.errors import UserError
 from cfm_train.library.card import Card, check_name
 from cfm_train.library.peft_checks import KINDS
 from cfm_train.library.store import Library
-from cfm_train.library.upkeep import GRACE
+from cfm_train.library.upkeep import GRACE, stitched_from
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -227,7 +227,10 @@ def _export(library: Library, options: argparse.Namespace) -> None:
 
 
 def _rm(library: Library, options: argparse.Namespace) -> None:
+    lost = stitched_from(library, *library.locate(options.ref)) if options.force else []
     print(f"{library.remove(options.ref, force=options.force)} is deleted.")
+    for ref in lost:
+        print(f"warning: {ref} was stitched from it and can no longer be opened.", file=sys.stderr)
 
 
 def _gc(library: Library, options: argparse.Namespace) -> None:

@@ -18,6 +18,9 @@ from cfm_train.errors import UserError, nearest
 
 FORMAT = 1
 CARD_FILE = "brick.json"
+#: The kind of an artifact that holds no tensors but heads: it is made from its parents each time it
+#: is opened.
+STITCH = "stitch"
 GRANULARITIES = ("neuron", "neuron_group", "layer", "model")
 #: Folders that the library keeps for itself beside the artifacts' names.
 RESERVED = frozenset({"stats"})

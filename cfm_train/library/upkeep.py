@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from cfm_train.errors import UserError
 from cfm_train.library import gate
-from cfm_train.library.card import CARD_FILE, RESERVED, Card
+from cfm_train.library.card import CARD_FILE, RESERVED, STITCH, Card
 from cfm_train.library.identity import version_of
 from cfm_train.library.lineage import children
 from cfm_train.library.sidecar import STATS
@@ -86,6 +86,14 @@ def _problems(library: Library, card: Card) -> list[Problem]:
             "edited; add or train it again."
         )
         return [Problem(card.ref, sentence)]
+    if card.kind == STITCH:
+        for parent in card.parents:
+            if parent["version"] not in library.versions(parent["name"]):
+                sentence = (
+                    f"{card.ref} is a stitch and cannot be opened: its brick {parent['name']}@"
+                    f"{parent['version']} is no longer in the library; add or train it again."
+                )
+                return [Problem(card.ref, sentence)]
     if card.home is None:
         present = set(library.storage.entries(f"{card.name}/{card.version}"))
         extra = sorted(present - set(card.files) - {CARD_FILE})
@@ -123,12 +131,19 @@ def remove(library: Library, ref: str, *, force: bool = False) -> str:
     made_from_it = [] if force else children(library, name, version)
     if made_from_it:
         others = ", ".join(other.ref for other in made_from_it)
+        stitches = stitched_from(library, name, version)
+        lost = f" (without it {', '.join(stitches)} can never be opened again)" if stitches else ""
         raise UserError(
-            f"{name}@{version} is a parent of {others}: remove them first, or use --force."
+            f"{name}@{version} is a parent of {others}: remove them first, or use --force{lost}."
         )
     with explained(library.root, f"removing {name}@{version}"):
         library.storage.remove(f"{name}/{version}")
     return f"{name}@{version}"
+
+
+def stitched_from(library: Library, name: str, version: str) -> list[str]:
+    """References of the stitches that cannot be opened without a version."""
+    return [card.ref for card in children(library, name, version) if card.kind == STITCH]
 
 
 def collect(library: Library, *, dry_run: bool = False, grace: float = GRACE) -> list[str]:

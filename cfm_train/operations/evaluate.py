@@ -72,7 +72,7 @@ def table_of(cells: list[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
 
 
 def role_of(card: Any) -> str:
-    """Which kind of row a brick makes: merged from others, trained on several tasks, or neither."""
-    if card is None or card.operation == "merge":
+    """Which kind of row a brick makes: made from others, trained on several tasks, or neither."""
+    if card is None or card.operation in ("merge", "stitch"):
         return "merged"
     return "ceiling" if len(card.heads) > 1 else "brick"

@@ -97,7 +97,7 @@ def check_cards(cards: Sequence[Card], section: Mapping[str, Any]) -> None:
 def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     """Merges and stores; returns the record's own part."""
     from cfm_train.bricks.stored import store
-    from cfm_train.configuration.apply import assemble
+    from cfm_train.configuration.apply import assemble, plain
     from cfm_train.merging.engine import merge
     from cfm_train.merging.invariants import try_promises
     from cfm_train.merging.mix import make_mix
@@ -113,7 +113,8 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     selection = inputs.selection
     # Merge arithmetic is done in float32 and cast once, so the backbone's dtype does not matter.
     backbone, before = open_backbone(selection.backbone, selection.section)
-    bodies = [assemble(tree, selection.library, backbone) for tree in selection.trees]
+    opened = [assemble(tree, selection.library, backbone) for tree in selection.trees]
+    bodies = [plain(brick, backbone) for brick in opened]
     mix = make_mix(inputs.section)
     tree = inputs.tree
     weights = merging.thawed(dict(tree.params)).get("weights")

@@ -17,6 +17,7 @@ from cfm_train.backbone.spec import ResolvedBackbone, resolve
 from cfm_train.config.catalogue import groups
 from cfm_train.config.compose import option
 from cfm_train.configuration.expression import BrickRef, Expression, bricks
+from cfm_train.configuration.opened import opened_from
 from cfm_train.configuration.parser import parse
 from cfm_train.configuration.pin import pin
 from cfm_train.data.sources import Checked, check_all, task_sections
@@ -65,12 +66,11 @@ def select(config: Mapping[str, Any]) -> Selection:
     library = Library(config["library"])
     trees = [pin(parse(text), library) for text in config["bricks"]]
     cards = {str(ref): library.find(str(ref)) for tree in trees for ref in bricks(tree)}
-    for card in cards.values():
-        gate.check_artifact(card, library.folder(card))
+    read = [inner for card in cards.values() for inner in opened_from(card, library)]
     section = dict(config.get("backbone") or _section(cards))
     backbone = resolve(section)
     found = fingerprint(backbone.folder)
-    for card in cards.values():
+    for card in read:
         gate.require_backbone(card, found, backbone.id)
     labels = [str(parse(text)) for text in config["bricks"]]
     twice = {label for label in labels if labels.count(label) > 1}

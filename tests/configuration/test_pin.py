@@ -23,8 +23,9 @@ def test_every_version_is_written_out(tmp_path):
     old, new, other = add(library, "a", 0), add(library, "a", 1), add(library, "b", 2)
     text = f"merge(ties, [a, a@{old.version[:4]}, stitch([b])], density=0.2)"
     pinned = pin(parse(text), library)
+    stitched = f"stitch([{other.ref}], mode=chain)"
     assert str(pinned) == (
-        f"merge(ties, [{new.ref}, {old.ref}, stitch([{other.ref}])], density=0.2, divisor=count, "
+        f"merge(ties, [{new.ref}, {old.ref}, {stitched}], density=0.2, divisor=count, "
         "elect=total, equal=one, filters=null, fold=sqrt, normalize=false, rank=null, "
         "rescale=none, scale=1.0, scope=brick, seed=null, space=auto, sparsify=magnitude, "
         "weights=[1.0, 1.0, 1.0])"
