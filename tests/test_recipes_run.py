@@ -162,3 +162,49 @@ def test_from_training_to_merge_compare_and_predict(
     for answer in answers:
         assert answer["prediction"] in ("future", "past", "present")
         assert sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_layers_of_two_models_and_a_bridge_between_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A deeper model of repeated layers takes a brick; a bridge joins it to its source."""
+    from tests.backbones import folder
+
+    monkeypatch.chdir(tmp_path)
+    source = folder("llama")
+    made = run(
+        capsys,
+        "recipe=stitch/layers",
+        f"slices=[{source}:0-2,{source}:0-2]",
+        "out=deep",
+        "name=deep",
+        "tracking=disabled",
+    )
+    assert all(check["passed"] for check in made["checks"].values())
+    (tmp_path / "train.jsonl").write_text(own_rows({"text": "w5 w6 w7 w8 w9 w10"}, 40))
+    bridged = run(
+        capsys,
+        "recipe=stitch/bridge",
+        "bottom=./deep",
+        f"top={source}",
+        "name=joint",
+        "data.train=train.jsonl",
+        "data.max_length=64",
+        *SHORT,
+        "trainer.samples=0",
+    )
+    assert all(check["passed"] for check in bridged["checks"].values())
+    assert bridged["heatmaps"][0]["chosen"] and "penalty/trained bridge/loss" in bridged["metrics"]
+    trained = run(
+        capsys,
+        "recipe=task/lm",
+        "name=lm",
+        "backbone=hf",
+        "backbone.path=./deep",
+        "data.train=train.jsonl",
+        "data.test_fraction=0.2",
+        "data.max_length=8",
+        *SHORT,
+    )
+    assert trained["backbone"]["fingerprint"] == made["backbone"]["fingerprint"]

@@ -61,7 +61,7 @@ def record_of(
             "trainable_parameters": sum(p.numel() for p in brick.parameters()),
             "flop_share": fitted.flop_share,
         },
-        "data": _data_report(tasks),
+        "data": data_report(tasks),
         "curves": "metrics.jsonl",
     }
 
@@ -114,7 +114,8 @@ def keep_examples(
     return {"examples": kept} if kept else {}
 
 
-def _data_report(tasks: Mapping[str, Checked]) -> dict[str, Any]:
+def data_report(tasks: Mapping[str, Checked]) -> dict[str, Any]:
+    """What the record says of the data."""
     reports = {name: task.report() for name, task in tasks.items()}
     return {
         "leaks": {name: report["leaks"] for name, report in reports.items()},

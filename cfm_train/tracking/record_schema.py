@@ -147,6 +147,21 @@ class Examples(TypedDict):
 
 
 @with_config(_STRICT)
+class Heatmap(TypedDict):
+    """A table of numbers to be shown as colours, such as CKA between the layers of two models.
+
+    ``values`` has one list for each of ``rows`` with one number for each of ``columns``; ``chosen``
+    is the row and column of the cell that the run went on with, where there is one.
+    """
+
+    title: str
+    rows: list[str]
+    columns: list[str]
+    values: list[list[float]]
+    chosen: list[int] | None
+
+
+@with_config(_STRICT)
 class Record(TypedDict):
     """The whole record.
 
@@ -174,5 +189,6 @@ class Record(TypedDict):
     wandb: Wandb | None
     curves: str | None
     examples: NotRequired[Examples]
+    heatmaps: NotRequired[list[Heatmap]]
     error: NotRequired[str | None]
     folder: NotRequired[str]
