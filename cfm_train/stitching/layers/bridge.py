@@ -42,6 +42,7 @@ class Bridge(Brick):
         self.bias = nn.Parameter(torch.zeros(height, device=backbone.device))
         (bottom, low), (top, high) = backbone.parts
         i, j = backbone.at
+        self.site_names = (f"layer.{i}",)  # goes into the first layer of the top
         self.ends = {
             "bottom": {"backbone": bottom, "fingerprint": low, "layers": [0, i]},
             "top": {"backbone": top, "fingerprint": high, "layers": [j, backbone.layers[1]]},

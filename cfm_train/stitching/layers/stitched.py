@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from cfm_train.backbone.load import Backbone
-from cfm_train.backbone.sites import SiteMap
+from cfm_train.backbone.sites import Site, SiteMap
 from cfm_train.errors import UserError
 from cfm_train.stitching.layers.capture import Skipped, first, layers_of
 
@@ -50,6 +50,11 @@ class StitchedModel(nn.Module):
         _leave_out(bottom, lower[i:])
         _leave_out(top, upper[:j])
         self.bottom, self.top = bottom.model, top.model
+        # What a transformers model says of itself, as far as the cost of a step depends on it.
+        self.config = SimpleNamespace(
+            num_hidden_layers=i + len(upper) - j,
+            num_experts_per_tok=getattr(top.model.config, "num_experts_per_tok", 1),
+        )
         self.bridge: Map | None = None
         self._fed: Tensor | None = None
         self._seen: Tensor | None = None
@@ -182,7 +187,7 @@ class StitchedBackbone(Backbone):
         super().__init__(
             cast(Any, model),
             bottom.tokenizer,
-            _sites(model, bottom, top),
+            _sites(model, bottom, top, at),
             cast(Any, BridgeSlot(model)),
             family="decoder",
             id=f"{bottom.id} + {top.id}",
@@ -237,13 +242,18 @@ def _leave_out(backbone: Backbone, layers: Sequence[nn.Module]) -> None:
         )
 
 
-def _sites(model: StitchedModel, bottom: Backbone, top: Backbone) -> SiteMap:
-    """The sites that are left, named by their half; nothing but counting is done with them."""
-    kept = []
-    for half, backbone in (("bottom", bottom), ("top", top)):
+def _sites(model: StitchedModel, bottom: Backbone, top: Backbone, at: tuple[int, int]) -> SiteMap:
+    """The sites that are left, numbered as they run: the bottom's layers, then the top's."""
+    kept: list[Site] = []
+    for half, backbone, moved in (("bottom", bottom, 0), ("top", top, at[0] - at[1])):
         modules = backbone.model.named_modules()
-        there = {f"{half}.{path}" for path, one in modules if not isinstance(one, Skipped)}
+        there = {path for path, one in modules if not isinstance(one, Skipped)}
         for name, site in backbone.sites.items():
-            if (module := f"{half}.{site.module}") in there:
-                kept.append(dataclasses.replace(site, name=f"{half}.{name}", module=module))
-    return SiteMap(kept, top.hidden_size, {"": sum(site.kind == "layer" for site in kept)})
+            around = {"bottom": ("embed", "embed_norm"), "top": ("norm", "head")}[half]
+            if site.module not in there or (site.layer is None and name not in around):
+                continue
+            if site.layer is not None:
+                rest = name.removeprefix(f"layer.{site.layer}")
+                name = f"layer.{site.layer + moved}{rest}"
+            kept.append(dataclasses.replace(site, name=name, module=f"{half}.{site.module}"))
+    return SiteMap(kept, top.hidden_size, {"": model.config.num_hidden_layers})

@@ -42,6 +42,7 @@ def store_bridge(
     card = Card(
         kind=KIND,
         granularity=bridge.granularity,
+        sites=list(bridge.site_names),
         requires=[print_ for _, print_ in backbone.parts],
         backbone_id=backbone.id,
         operation="stitch",
