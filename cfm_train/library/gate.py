@@ -146,6 +146,24 @@ def check_artifact(card: Card, folder: Path) -> None:
             check_tensors(folder / name, f"{name} of {card.ref}")
 
 
+def require_brick(card: Card) -> None:
+    """Refuses an artifact that is no brick and cannot be plugged into one backbone.
+
+    Raises:
+        UserError: it is a backbone of its own, or a bridge between two.
+    """
+    if card.kind == "backbone":
+        raise UserError(
+            f"{card.ref} is a backbone, not a brick: train bricks over it with backbone=hf "
+            f"backbone.path=FOLDER (its weights lie in the folder '{card.backbone_id}')."
+        )
+    if card.kind == "bridge":
+        raise UserError(
+            f"{card.ref} joins two models ({card.backbone_id}) and is no brick of one: open it "
+            "with load_stitched of cfm_train.stitching.layers.stored."
+        )
+
+
 def require_backbone(card: Card, fingerprint: str, backbone_id: str = "") -> None:
     """Refuses a brick of another backbone.
 
@@ -155,8 +173,9 @@ def require_backbone(card: Card, fingerprint: str, backbone_id: str = "") -> Non
         backbone_id: what a person calls the backbone at hand.
 
     Raises:
-        UserError: the card requires other backbones; both are named.
+        UserError: the card requires other backbones (both are named), or is of no brick.
     """
+    require_brick(card)
     if card.requires and fingerprint not in card.requires:
         theirs = " or ".join(one[:12] for one in card.requires)
         raise UserError(

@@ -106,6 +106,8 @@ def _summary(card: Card) -> str:
         lines.append(
             f"It fits the backbone `{card.backbone_id or 'unknown'}` (fingerprint {prints}) and "
             "no other."
+            if card.kind != "bridge"
+            else f"It joins the models `{card.backbone_id}` (fingerprints {prints})."
         )
     if card.expression:
         lines.append(f"Its configuration: `{card.expression}`.")
@@ -123,6 +125,15 @@ def _usage(card: Card, peft: bool) -> str:
         return (
             f"Its weights are the model folder `{backbone}`, which any run takes:\n\n"
             f"```\npython -m cfm_train … backbone=hf backbone.path=…/{backbone}\n```"
+        )
+    if card.kind == "bridge":
+        return (
+            "In cfm_train, from the library that it lies in:\n\n"
+            "```python\nfrom cfm_train.library.store import Library\n"
+            "from cfm_train.stitching.layers.stored import load_stitched\n\n"
+            'library = Library("outputs/library")\n'
+            f'model = load_stitched(library.find("{card.ref}"), library)\n'
+            "logits = model(input_ids, attention_mask).logits\n```"
         )
     text = (
         "In cfm_train, from the library that it lies in:\n\n"

@@ -66,6 +66,8 @@ def select(config: Mapping[str, Any]) -> Selection:
     library = Library(config["library"])
     trees = [pin(parse(text), library) for text in config["bricks"]]
     cards = {str(ref): library.find(str(ref)) for tree in trees for ref in bricks(tree)}
+    for card in cards.values():
+        gate.require_brick(card)
     read = [inner for card in cards.values() for inner in opened_from(card, library)]
     section = dict(config.get("backbone") or _section(cards))
     backbone = resolve(section)

@@ -205,6 +205,9 @@ def test_into_the_library_and_back(tmp_path: Path, wide: dict[str, Path]) -> Non
             assert written[0, at] == backbone.logits(input_ids=written[:, :at])[0, -1].argmax()
     with pytest.raises(UserError, match="fingerprint"):
         load_stitched(card, library, top=str(folder("gpt2")))
+    arguments = ["recipe=evaluate/tasks", "bricks=[joint]", "tasks=[quick_tone]"]
+    with pytest.raises(UserError, match="joins two models"):
+        prepare([*arguments, f"library={tmp_path / 'library'}", f"outputs={tmp_path / 'out'}"])
 
 
 def test_broken_off_training_goes_on_as_the_unbroken(tmp_path: Path, wide: dict[str, Path]) -> None:
