@@ -19,6 +19,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from cfm_train.errors import UserError
+
 #: What a rule may promise; `invariants.py` tries each on the bricks of the run.
 PROMISES = {
     "identity": "weight 1 on one brick is that brick",
@@ -88,8 +90,12 @@ class Rule(ABC):
         """
 
     def combine_vectors(self, updates: Tensor, weights: Tensor) -> Tensor:
-        """What is done with vectors by a rule for `matrices`: their weighted mean, ``[*shape]``."""
-        return weighted_sum(updates, weights) / weights.sum(0)
+        """What is done with vectors by a rule for `matrices`: their weighted mean, ``[*shape]``.
+
+        Raises:
+            UserError: the weights add up to zero.
+        """
+        return weighted_sum(updates, shares(weights, self.kind))
 
 
 def weighted_sum(updates: Tensor, weights: Tensor) -> Tensor:
@@ -97,6 +103,21 @@ def weighted_sum(updates: Tensor, weights: Tensor) -> Tensor:
     if weights.ndim == 1:
         return torch.tensordot(weights, updates, dims=1)
     return (updates * weights).sum(0)
+
+
+def shares(weights: Tensor, rule: str) -> Tensor:
+    """Weights ``[N]`` divided by their sum, for rules that average.
+
+    Raises:
+        UserError: they add up to zero.
+    """
+    total = weights.sum(0)
+    if bool((total.abs() < 1e-8 * weights.abs().sum(0).clamp(min=1e-300)).any()):
+        raise UserError(
+            f"rule={rule} averages, and these weights add up to zero: give others, or use "
+            "rule=linear."
+        )
+    return weights / total
 
 
 def per_input(weights: Tensor, like: Tensor) -> Tensor:

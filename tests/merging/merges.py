@@ -58,3 +58,53 @@ def updates(brick: Brick) -> dict[str, torch.Tensor]:
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     """‖found - expected‖ / ‖expected‖."""
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def random_updates(count: int, *shape: int, seed: int = 0) -> torch.Tensor:
+    """``[count, *shape]`` float64, of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(count, *shape, generator=generator, dtype=torch.float64)
+    return drawn * torch.linspace(0.5, 2, count).view(-1, *[1] * len(shape))
+
+
+def combined(
+    rule: str,
+    updates: torch.Tensor,
+    weights: object = None,
+    *,
+    statistics: Sequence[torch.Tensor] = (),
+    **given: Any,
+) -> torch.Tensor:
+    """One update ``[*shape]`` from several by a rule's option, λ applied."""
+    chosen = mix(rule, **given)
+    numbers = chosen.weights(weights, len(updates), {"": 1}).at("layer.0.attn.q")
+    sources = [f"brick-{number}" for number in range(len(updates))]
+    result = chosen.merge_updates(
+        updates, torch.tensor(numbers, dtype=updates.dtype), "entry", sources, statistics
+    )
+    return result * chosen.scale
+
+
+def mergekit(
+    method: str, updates: torch.Tensor, weights: Sequence[float] | None = None, **parameters: Any
+) -> torch.Tensor:
+    """What mergekit makes of the same updates, on a base of zeros."""
+    from mergekit.merge_methods.api import merge_tensors
+
+    ids = ["base", *map(str, range(len(updates)))]
+    if weights is not None:
+        parameters["weight"] = dict(zip(ids[1:], weights, strict=True))
+    base = torch.zeros_like(updates[0])
+    return merge_tensors(
+        [base, *(one.clone() for one in updates)],
+        method,
+        parameters=parameters,
+        ids=ids,
+        base_index=0,
+    )
+
+
+def low_rank_updates(count: int, rank: int, out: int, inn: int, seed: int = 0) -> torch.Tensor:
+    """``[count, out, inn]`` float64 of a rank."""
+    left, right = random_updates(count, out, rank, seed=seed), random_updates(count, rank, inn)
+    return left @ right
