@@ -90,6 +90,11 @@ def _merge_entries(
     statistics: Statistics | None,
 ) -> None:
     entries = list(space.entries())
+    if mix.rule.needs is not None and not any(entry.statistics for entry in entries):
+        raise UserError(
+            f"rule={mix.rule.kind} goes by {mix.rule.needs} statistics of weights, and merge.space="
+            f"{space.kind} has no weights: use low-rank bricks and merge.space=delta."
+        )
     for group in mix.groups([(entry.name, entry.site) for entry in entries]):
         members = [entries[number] for number in group]
         if len(members) == 1:

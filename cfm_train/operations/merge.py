@@ -87,6 +87,11 @@ def check_cards(cards: Sequence[Card], section: Mapping[str, Any]) -> None:
             "both (recipe=stitch/sum)."
         )
     space = section["space"]
+    needs = sidecars.needed_by(section["rule"])
+    if needs is not None and space not in ("auto", "delta"):
+        raise UserError(
+            f"rule={section['rule']} goes by {needs} statistics of weights: use merge.space=delta."
+        )
     if kinds and kinds[0] != "lora" and space not in ("auto", "parameters"):
         raise UserError(
             f"merge.space={space} is for low-rank updates, and bricks of kind {kinds[0]} have "
