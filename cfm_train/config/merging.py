@@ -12,7 +12,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import ConfigDict, ValidationError, create_model
+from pydantic import ConfigDict, ValidationError, create_model, model_validator
 
 from cfm_train.config import signature
 from cfm_train.config.section import Section
@@ -40,6 +40,22 @@ class Merging(Section):
     equal: Literal["mean", "one"] | None
     filters: list[list[Any]] | None
     seed: Count | None
+
+    @model_validator(mode="after")
+    def _chances(self) -> Merging:
+        """Probabilities of being kept, ``density ± epsilon``, lie between 0 and 1.
+
+        Raises:
+            UserError: they do not.
+        """
+        density, epsilon = getattr(self, "density", 0.0), getattr(self, "epsilon", 0.0)
+        room = min(density, 1 - density)
+        if 0 < density < 1 and epsilon > room:
+            raise UserError(
+                f"merge.density={density:g} and merge.epsilon={epsilon:g} give probabilities "
+                f"outside of 0 to 1: make epsilon {room:.3g} or smaller."
+            )
+        return self
 
 
 def own_arguments(room: str, name: str) -> dict[str, Any]:
