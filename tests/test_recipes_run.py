@@ -208,3 +208,80 @@ def test_layers_of_two_models_and_a_bridge_between_them(
         *SHORT,
     )
     assert trained["backbone"]["fingerprint"] == made["backbone"]["fingerprint"]
+
+
+@pytest.mark.slow
+def test_stitches_of_every_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two LoRA bricks and two prompts, stitched, compared on their tasks, and used again."""
+    from cfm_train.stitching.mode import modes
+    from tests.backbones import folder
+
+    monkeypatch.chdir(tmp_path)
+    _, example, more = OWN["task/classify"]
+    Path("train.jsonl").write_text(own_rows(example, 24))
+    Path("test.jsonl").write_text(own_rows(example, 34).split("\n", 24)[24])
+    kinds = {
+        "": ["brick=lora", "brick.sites=[attn.q,attn.o]"],
+        "p": ["brick=soft_prompt", "brick.tokens=3"],
+    }
+    for kind, chosen in kinds.items():
+        for number in (1, 2):
+            run(
+                capsys,
+                "recipe=task/classify",
+                f"name={kind or 'l'}{number}",
+                f"seed={number}",
+                "backbone=hf",
+                f"backbone.path={folder('bert')}",
+                "data.train=train.jsonl",
+                "data.test=test.jsonl",
+                *chosen,
+                *more,
+                *SHORT,
+            )
+    for mode in modes():
+        assert f"stitch/{mode}" in recipes()
+        one, two = ("p1", "p2") if mode == "prompt" else ("l1", "l2")
+        record = run(
+            capsys,
+            f"recipe=stitch/{mode}",
+            f"bricks=[{one},{two}]",
+            f"name=by-{mode}",
+            f"tasks=[{one},{two}]",
+            "evaluation.bootstrap=20",
+            "tracking=disabled",
+        )
+        assert all(check["passed"] for check in record["checks"].values())
+        rows = [cell["brick"] for cell in record["matrix"][::2]]
+        assert rows == [
+            f"stitch([{one}, {two}], mode={mode})",
+            f"stitch([{two}, {one}], mode={mode})",
+            f"merge(linear, [{one}, {two}])",
+            one,
+            two,
+        ]
+        cells = {(cell["brick"], cell["task"]): cell["value"] for cell in record["matrix"]}
+        for task in (one, two):
+            penalty = record["metrics"][f"stitching penalty/{task}/accuracy"]["value"]
+            # The rows are the same, but a head belongs to the brick that it was trained with.
+            assert penalty == pytest.approx(cells[task, task] - cells[rows[0], task])
+        if mode == "sum":
+            assert record["metrics"]["order effect"]["value"] < 1e-4
+    inner = run(
+        capsys,
+        "recipe=evaluate/tasks",
+        "bricks=[by-chain,'stitch([by-pipe, merge(linear, [l1, l2])])']",
+        "tasks=[l1]",
+        "evaluation.bootstrap=20",
+        "tracking=disabled",
+    )
+    assert len(inner["matrix"]) == 2 and {c["role"] for c in inner["matrix"]} == {"merged"}
+    Path("x.jsonl").write_text('{"text": "w5 w6"}\n')
+    for brick in ("by-chain", "by-prompt"):
+        task = "data.task=" + ("p1" if brick == "by-prompt" else "l1")
+        run(capsys, "recipe=predict", f"bricks=[{brick}]", "data.input=x.jsonl", "out=y.jsonl",
+            task, "tracking=disabled")  # fmt: skip
+        (answer,) = map(json.loads, Path("y.jsonl").read_text().splitlines())
+        assert answer["prediction"] in ("yes", "no")

@@ -48,12 +48,14 @@ class Comparison:
     own: dict[str, Any]
 
 
-def probe_of(backbone: Backbone, tasks: Mapping[str, TaskData]) -> Probe:
-    """The first rows of the first task, or random tokens where there is none."""
+def probe_of(backbone: Backbone, tasks: Mapping[str, TaskData], rows: int = 8) -> Probe:
+    """The first training rows of the first task, or random tokens where there is none."""
     if not tasks:
         return random_probe(backbone)
     split = next(iter(tasks.values())).train
-    batch = make_batch("probe", split, range(min(8, len(split))), backbone.tokenizer.pad_token_id)
+    batch = make_batch(
+        "probe", split, range(min(rows, len(split))), backbone.tokenizer.pad_token_id
+    )
     ids, mask = batch["input_ids"], batch["attention_mask"]
     assert isinstance(ids, torch.Tensor) and isinstance(mask, torch.Tensor)
     return Probe(backbone, ids, mask)
