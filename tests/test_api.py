@@ -125,7 +125,8 @@ def test_what_load_refuses(tmp_path: Path) -> None:
         ("merge(linear, [a, b], density=0.2)", {}, "no key|does not know the parameter 'density'"),
         ("merge(linear, [a, b], weights=0.5)", {}, "is no list"),
         ("merge(linear, [a, b], weights=[x, y])", {}, "is no finite number"),
-        ("stitch([a, b])", {}, "cannot be applied"),
+        ("stitch([a, b])", {}, "has the heads classification, regression: choose one"),
+        ("route(arrow, [a, b])", {}, "cannot be applied"),
         ("c", {}, "c"),
     ):
         with pytest.raises(UserError, match=sentence.replace("(", r"\(")):

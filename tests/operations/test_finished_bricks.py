@@ -135,7 +135,7 @@ def test_merges_compare_and_their_lineage(run: Any) -> None:
     bricks = {n: train(run, "classification", n, f"seed={i}") for i, n in enumerate("abc")}
     merged, _ = run("recipe=merge/linear", "bricks=[a,b]", "weights=[0.25,0.75]", "name=ab",
                     "tracking=disabled")  # fmt: skip
-    promise = merged["checks"]["weight 1 on one brick alone is that brick"]
+    promise = merged["checks"]["weight 1 on one brick is that brick"]
     assert promise["passed"] and promise["value"] <= promise["tolerance"]
     nested, _ = run(
         "recipe=merge/linear",

@@ -16,9 +16,9 @@ from cfm_train.data.encode import TaskData
 from cfm_train.evaluation.evaluator import predict
 from cfm_train.evaluation.floor import train_head
 from cfm_train.library.store import Library
-from cfm_train.merging.linear import merge
 from cfm_train.training.task_head import new_head
 from tests.backbones import tiny
+from tests.merging.merges import merged
 from tests.tasks import TRAINER, task_data
 from tests.training.runs import new_brick, rows, train
 
@@ -98,8 +98,9 @@ def test_the_unit_goes_through_library_and_merge(tmp_path: Path) -> None:
     library = Library(tmp_path / "library")
     store(brick, library, backbone, name="x", operation="train")
     again = open_brick(library.find("x"), library, backbone)
-    merged = merge([again, new_brick(backbone, {}, "lora")], [1.0, 0.0], backbone)
-    for other in (again, merged):
+    other = new_brick(backbone, {}, "lora")
+    result = merged("linear", [again, other], [1.0, 0.0], backbone)
+    for other in (again, result.brick):
         np.testing.assert_allclose(
             said(backbone, other, data), said(backbone, brick, data), rtol=1e-5
         )
