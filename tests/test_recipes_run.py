@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,13 @@ def test_two_steps_and_the_record_holds(
         ]
     elif not recipe.startswith("task/quick_") and recipe != "task/multitask":
         shared: Path = request.getfixturevalue("shared")
-        arguments += [f"data.root={shared / 'data' / 'tasks'}", "data.limit=40"]
+        (tmp_path / "tasks").mkdir()
+        for split, count in (("train", 60), ("test", 40)):
+            name = f"{recipe.removeprefix('task/')}.{split}.jsonl"
+            with (shared / "data" / "tasks" / name).open(encoding="utf-8") as rows:
+                first = "".join(itertools.islice(rows, count))
+            (tmp_path / "tasks" / name).write_text(first, encoding="utf-8")
+        arguments += ["data.root=tasks"]
     record = run(capsys, *arguments)
     assert record["status"] == "done"
     assert record["backbone"]["unchanged"] is True
