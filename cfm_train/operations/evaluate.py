@@ -43,6 +43,7 @@ def check(config: dict[str, Any]) -> Inputs:
 
 def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     """Fills the matrix and returns the record's own part."""
+    from cfm_train.data.tasks import HEADED
     from cfm_train.evaluation.matrix import cells_of, figures_of, floor, row
     from cfm_train.evaluation.shelf import Shelf
     from cfm_train.operations.scene import open_scene
@@ -50,6 +51,9 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
 
     scene = open_scene(config, inputs, Shelf(None))
     tasks = list(inputs.tasks)
+    for name, task in inputs.tasks.items():
+        if task.spec.type in HEADED and name not in scene.heads:
+            print(f"{name}: no brick brings a head; one is refitted on each brick", flush=True)
     with tracked(config, folder) as wandb:
         rows = [row(scene.scorer, body, tasks, scene.heads) for body in scene.bodies]
         matrix = [cell for scored in rows for cell in cells_of(scored)]

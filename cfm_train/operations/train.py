@@ -83,6 +83,8 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     tasks = _encode(inputs, backbone)
     for name, task in inputs.tasks.items():
         print(trained.rows_line(task, tasks[name]), flush=True)
+        if line := trained.turns_line(task, backbone.tokenizer):
+            print(line, flush=True)
     bare = probe(backbone, tasks)
     reseed(config["seed"], "brick")
     brick = make_brick(config["brick"]).build(backbone)
