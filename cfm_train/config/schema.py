@@ -261,6 +261,9 @@ class Stitch(Run):
 class Compare(Evaluate):
     """Score bricks on tasks, and draw them with the runs that made them."""
 
+    refit: bool
+    reuse: bool
+
 
 class Sequence(Run):
     """Several runs one after another, each with a record of its own."""

@@ -121,6 +121,10 @@ class Scorer:
         evaluation: the ``evaluation`` section.
         seed: seed of training heads and of the bootstrap.
         shelf: what earlier records hold.
+
+    Attributes:
+        found: how many questions earlier records had answered.
+        made: how many were put to the backbone.
     """
 
     def __init__(
@@ -138,6 +142,7 @@ class Scorer:
         self.backbone, self.tasks, self.fingerprints = backbone, tasks, fingerprints
         self.tokenizer, self.trainer, self.evaluation = tokenizer, trainer, evaluation
         self.seed, self.shelf = seed, shelf
+        self.found, self.made = 0, 0
         self._heads: dict[tuple[str, str], Head] = {}
 
     def score(
@@ -172,8 +177,10 @@ class Scorer:
         if found is None:
             examples, source = self._evaluate(body, task, head, rows), None
             self.shelf.keep(key, examples)
+            self.made += 1
         else:
             examples, source = found
+            self.found += source is not None
         scores = examples.scores(bootstrap=self.evaluation["bootstrap"], seed=self.seed)
         return Scored(body, spec, of, key, examples, scores, source)
 

@@ -48,6 +48,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     from cfm_train.evaluation.shelf import Shelf
     from cfm_train.operations.scene import open_scene
     from cfm_train.operations.setting import tracked
+    from cfm_train.tracking.comparison_tables import cells
 
     scene = open_scene(config, inputs, Shelf(None))
     tasks = list(inputs.tasks)
@@ -64,15 +65,9 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
         if config["evaluation"]["head_only"]:
             matrix += cells_of(floor(scene.scorer, tasks))
         record = scene.record(inputs.selection, folder)
-        wandb.table("matrix", *table_of(matrix))
+        wandb.table("matrix", *cells(matrix))
         wandb.summary({name: figure["value"] for name, figure in metrics.items()})
     return {**record, "metrics": metrics, "matrix": matrix, "wandb": wandb.as_record()}
-
-
-def table_of(cells: list[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
-    """Cells as the columns and rows of a table."""
-    columns = ["brick", "task", "metric", "value", "low", "high", "n", "role", "head", "source"]
-    return columns, [[cell.get(column) for column in columns] for cell in cells]
 
 
 def role_of(card: Any) -> str:

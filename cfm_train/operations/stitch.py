@@ -82,7 +82,6 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     from cfm_train.data.encode import encode
     from cfm_train.evaluation.scorer import Scorer
     from cfm_train.evaluation.shelf import Shelf
-    from cfm_train.operations.evaluate import table_of
     from cfm_train.operations.setting import (
         backbone_entries,
         brick_entry,
@@ -95,6 +94,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     from cfm_train.stitching.fold import fold
     from cfm_train.stitching.promises import HALF, TOLERANCE, order_effect, promises, relative
     from cfm_train.stitching.stitch import stitch_bricks
+    from cfm_train.tracking.comparison_tables import cells
     from cfm_train.training.cost import peak_memory
 
     selection = inputs.selection
@@ -157,7 +157,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
         )
         metrics |= found.metrics
         if found.matrix:
-            wandb.table("matrix", *table_of(found.matrix))
+            wandb.table("matrix", *cells(found.matrix))
         wandb.summary({name: figure["value"] for name, figure in metrics.items()})
         wandb.artifact(
             card.name,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, NotRequired
+from typing import Any, Literal, NotRequired
 
 from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict  # pydantic wants this one below Python 3.12
+
+from cfm_train.tracking.comparison_schema import Comparison
 
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -166,7 +168,9 @@ class Record(TypedDict):
     """The whole record.
 
     ``config_hash`` is that of everything that decides the result, ``seedless_hash`` that of
-    everything but the seed. ``folder`` is where the record was read from; it is never written.
+    everything but the seed. ``refitted`` is a second matrix: every body with a head trained anew
+    on it. ``search`` says how weights were found (``chosen_on``, ``adapts_on_test_inputs``).
+    ``folder`` is where the record was read from; it is never written.
     """
 
     operation: str
@@ -190,5 +194,8 @@ class Record(TypedDict):
     curves: str | None
     examples: NotRequired[Examples]
     heatmaps: NotRequired[list[Heatmap]]
+    refitted: NotRequired[list[Cell]]
+    comparison: NotRequired[Comparison]
+    search: NotRequired[dict[str, Any]]
     error: NotRequired[str | None]
     folder: NotRequired[str]

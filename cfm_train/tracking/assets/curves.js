@@ -24,7 +24,7 @@ function curveChart(curve, width) {
   const first = Math.min(...steps), last = Math.max(...steps);
   const height = 220;
   const view = frame({ width, height, label: `${curve.key} over steps`,
-    x: { low: first === last ? first - 1 : first, high: first === last ? last + 1 : last, text: count, whole: true },
+    x: { low: first === last ? first - 1 : first, high: first === last ? last + 1 : last, text: count, whole: true, name: "optimiser step" },
     y: { low, high, log: positive, text: short } });
   const path = (line) => line.map(([step, value], at) => `${at ? "L" : "M"}${view.x(step).toFixed(1)},${view.y(value).toFixed(1)}`).join("");
   const noisy = curve.key === "train/loss" || curve.key === "train/gradient_norm";
