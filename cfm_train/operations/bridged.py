@@ -17,17 +17,20 @@ from cfm_train.data.encode import TaskData
 from cfm_train.library.card import Card
 from cfm_train.library.store import Library
 from cfm_train.operations import trained
+from cfm_train.operations.setting import open_backbone
 from cfm_train.stitching.layers.bridge import Bridge
 from cfm_train.stitching.layers.calibrating import moments, similarity
 from cfm_train.stitching.layers.cka import choose
-from cfm_train.stitching.layers.measuring import Measured, difference
+from cfm_train.stitching.layers.measuring import Measured, difference, measure
 from cfm_train.stitching.layers.ridge import Fit, Moments, solve
+from cfm_train.stitching.layers.sources import Source
 from cfm_train.stitching.layers.stitched import StitchedBackbone
 from cfm_train.stitching.layers.stored import open_stitched
 from cfm_train.tracking.metrics_file import MetricsFile
 from cfm_train.training.checkpoint import read_position
 from cfm_train.training.dataset import make_batch
-from cfm_train.training.fit import Fitted, fit
+from cfm_train.training.fit import Fitted
+from cfm_train.training.fit import fit as fit_brick
 from cfm_train.training.module import Diverged
 
 
@@ -67,6 +70,35 @@ def closed_form(
     return solve(seen, held_out, config["calibration"]["ridge"]), seen
 
 
+def opposite(
+    config: Mapping[str, Any],
+    bottom: Source,
+    top: Source,
+    task: TaskData,
+    heatmap: Mapping[str, Any] | None,
+) -> Measured | None:
+    """The opposite order: first layers of the top under last ones of the bottom, in closed form.
+
+    It is stitched at its own point of highest CKA. Both models are loaded once more, since those of
+    the stitch have lost layers. None where that is not asked for.
+    """
+    if not config["opposite"]:
+        return None
+    above, _ = open_backbone(top.backbone, top.section, config["trainer"])
+    below, _ = open_backbone(bottom.backbone, bottom.section, config["trainer"])
+    if heatmap is None:
+        tokens = config["calibration"]["cka_tokens"]
+        values = similarity(above, below, task.train, tokens, config["seed"])
+    else:
+        values = [list(column) for column in zip(*heatmap["values"], strict=True)]
+    at = choose(values, config["depth"])
+    fit, _ = closed_form(config, above, below, at, task)
+    backbone = StitchedBackbone(above, below, at)
+    assert task.test is not None
+    with backbone.slots.plugged([Bridge(list(at)).build(backbone).fitted(fit)]):
+        return measure(backbone, task.spec, task.test)
+
+
 def train(
     config: Mapping[str, Any],
     backbone: StitchedBackbone,
@@ -83,7 +115,7 @@ def train(
     metrics = MetricsFile(folder / "metrics.jsonl")
     metrics.cut_back(position.step)
     try:
-        return fit(
+        return fit_brick(
             backbone,
             bridge,
             {name: task},
@@ -100,9 +132,17 @@ def train(
 
 
 def figures_of(
-    arms: Mapping[str, Measured], bootstrap: int, seed: int
+    arms: Mapping[str, Measured], turned: Measured | None, bootstrap: int, seed: int
 ) -> dict[str, dict[str, Any]]:
-    """Loss and perplexity of every model, and each stitched one's penalty, paired."""
+    """Loss and perplexity of every model, each stitched one's penalty and the order effect, paired.
+
+    Args:
+        arms: what was measured, by name.
+        turned: the opposite order in closed form. The order effect is its figure minus that of
+            this order.
+        bootstrap: resamples.
+        seed: of the resampling.
+    """
     found = {}
     for arm, measured in arms.items():
         for metric, figure in measured.scores(bootstrap, seed).items():
@@ -115,6 +155,9 @@ def figures_of(
             for metric, figure in paired.items():
                 name = "penalty" if against == "top" else "against bottom model"
                 found[f"{name}/{arm}/{metric}"] = figure.as_dict()
+    if turned is not None:
+        paired = difference(turned, arms["closed form"], bootstrap, seed)
+        found |= {f"order effect/closed form/{m}": f.as_dict() for m, f in paired.items()}
     return found
 
 

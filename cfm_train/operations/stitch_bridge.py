@@ -1,7 +1,7 @@
 """Join two language models by a linear bridge, and say what the stitch costs.
 
 check    both models, tokenizers, rows, library, all before torch is imported
-run      CKA ─► closed form ─► training ─► five models on the test documents ─► store ─► record
+run      CKA ─► closed form ─► training ─► all models on the test documents ─► store ─► record
 
 The steps are in `bridged.py`. Stitch point and λ are chosen on calibration and validation rows, the
 trained bridge is the best one on validation rows, and the figures are those of test rows.
@@ -150,7 +150,8 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
         if fitted is not None:
             with backbone.slots.plugged([bridge]):
                 arms["trained bridge"] = measure(backbone, task.spec, task.test)
-        figures = bridged.figures_of(arms, config["evaluation"]["bootstrap"], seed)
+        turned = bridged.opposite(config, inputs.bottom, inputs.top, task, heatmap)
+        figures = bridged.figures_of(arms, turned, config["evaluation"]["bootstrap"], seed)
         same = same and backbone.checksum() == before
         same = same and all(
             fingerprint(one.backbone.folder) == one.fingerprint
@@ -177,6 +178,9 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
         wandb.artifact(card.name, "bridge", inputs.library.folder(card), {"version": card.version})
         wandb.summary({name: figure["value"] for name, figure in figures.items()})
     print(f"{card.ref} = {card.expression}, ridge {fit.ridge:g}")
+    for name in [n for n in figures if n.startswith(("penalty/", "order effect/"))]:
+        one = figures[name]
+        print(f"{name}: {one['value']:.4f} [{one['low']:.4f}, {one['high']:.4f}]")
     return {
         "brick": {
             "name": card.name,
