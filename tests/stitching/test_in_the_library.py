@@ -131,6 +131,8 @@ def test_a_brick_that_a_stitch_needs_stays(
     refused = capsys.readouterr().err
     assert f"{card.ref} can never be opened again" in refused and "--force" in refused
     assert library.gc(grace=0) == [] and library.find("a").ref == a.ref
+    assert library_main(["export", "ab", "out"]) == 2 and not Path("out").exists()
+    assert "stitch them again with fold=true" in capsys.readouterr().err
     assert library_main(["rm", "a", "--force"]) == 0
     assert f"{card.ref} was stitched from it" in capsys.readouterr().err
     (problem,) = library.verify("ab")
