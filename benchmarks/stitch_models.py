@@ -90,8 +90,8 @@ def one(
             f"trainer.learning_rate={options.rate}",
             f"trainer.tokens_per_batch={options.tokens}",
             "tracking=disabled",
-            f"outputs={options.outputs or folder}",
-            f"library={options.outputs or folder}/library",
+            f"outputs={folder}",
+            f"library={folder}/library",
         ]
     )
     record = job.start()
@@ -190,10 +190,11 @@ def main() -> int:
     options = parser.parse_args()
     options.models, options.corpora = options.models.resolve(), options.corpora.resolve()
     chosen = options.only if options.only is not None else range(len(CONFIGURATIONS))
-    with tempfile.TemporaryDirectory() as folder:
-        results = [
-            one(*CONFIGURATIONS[number], options=options, folder=Path(folder)) for number in chosen
-        ]
+    with tempfile.TemporaryDirectory() as aside:
+        # The texts lie with the runs: a run is known by its config, and that names them.
+        folder = options.outputs.resolve() if options.outputs else Path(aside)
+        folder.mkdir(parents=True, exist_ok=True)
+        results = [one(*CONFIGURATIONS[n], options=options, folder=folder) for n in chosen]
     print(table(results))
     kept = verdict(results)
     for sentence, holds in kept.items():
