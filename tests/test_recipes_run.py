@@ -276,15 +276,18 @@ def test_stitches_of_every_mode(
             assert penalty == pytest.approx(cells[task, task] - cells[rows[0], task])
         if mode == "sum":
             assert record["metrics"]["order effect"]["value"] < 1e-4
-    inner = run(
-        capsys,
-        "recipe=evaluate/tasks",
-        "bricks=[by-chain,'stitch([by-pipe, merge(linear, [l1, l2])])']",
-        "tasks=[l1]",
-        "evaluation.bootstrap=20",
-        "tracking=disabled",
-    )
-    assert len(inner["matrix"]) == 2 and {c["role"] for c in inner["matrix"]} == {"merged"}
+    nested = "stitch([by-pipe, merge(ties, [l1, l2], density=0.5)])"
+    for recipe in ("evaluate/tasks", "compare/bricks"):
+        inner = run(
+            capsys,
+            f"recipe={recipe}",
+            f'bricks=[by-chain,"{nested}"]',
+            "tasks=[l1]",
+            "evaluation.bootstrap=20",
+            "tracking=disabled",
+        )
+        cells = {c["brick"]: c for c in inner["matrix"] if c["role"] == "merged"}
+        assert list(cells) == ["by-chain", nested]
     Path("x.jsonl").write_text('{"text": "w5 w6"}\n')
     for brick in ("by-chain", "by-prompt"):
         task = "data.task=" + ("p1" if brick == "by-prompt" else "l1")

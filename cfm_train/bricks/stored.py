@@ -9,12 +9,12 @@ from typing import Any
 from safetensors.torch import load
 
 from cfm_train.backbone.load import Backbone
-from cfm_train.bricks.brick import HEADS_FILE, Brick
+from cfm_train.bricks.brick import Brick
 from cfm_train.bricks.heads import Head
 from cfm_train.bricks.kinds import brick_class
 from cfm_train.errors import UserError
 from cfm_train.library import gate
-from cfm_train.library.card import Card
+from cfm_train.library.card import HEADS_FILE, Card
 from cfm_train.library.peft_format import CONFIG_FILE, TENSOR_FILE, aside_tensors
 from cfm_train.library.store import Library
 

@@ -230,6 +230,7 @@ class StitchBridge(Run):
     at: Literal["auto"] | list[Count]
     depth: list[Positive] | None
     train: bool
+    opposite: bool
     calibration: Calibration
     data: Data
     trainer: Trainer
