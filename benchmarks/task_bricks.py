@@ -3,8 +3,8 @@
     python benchmarks/task_bricks.py --root ../shared/data/tasks --seeds 0 1 2 --out results.json
 
 Same backbone (MiniLM), rank, sites, epochs, tokens per batch and learning-rate budget: a sweep of
-the same rates for both sides (`--rate` alone, on tasks and a seed of its own), then one rate each. Arms are interleaved task by task, so that a machine whose speed drifts is fair
-to all:
+the same rates for both sides (`--rate` alone, on tasks and a seed of its own), then one rate each.
+Arms are interleaved task by task, so that a machine whose speed drifts is fair to all:
 
     ours        python -m cfm_train, bfloat16 where the processor multiplies it natively
     peer_bf16   Trainer(bf16=True) over a PEFT LoRA
