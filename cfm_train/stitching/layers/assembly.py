@@ -25,9 +25,10 @@ from cfm_train.backbone.pretrained import skeleton
 from cfm_train.backbone.roles import assign
 from cfm_train.backbone.sites import SiteMap
 from cfm_train.backbone.spec import ResolvedBackbone
+from cfm_train.backbone.tensors import Placed
 from cfm_train.backbone.trace import Trace, trace
 from cfm_train.errors import UserError
-from cfm_train.stitching.layers.sources import Placed, Slice, Source
+from cfm_train.stitching.layers.sources import Slice, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

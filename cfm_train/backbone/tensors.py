@@ -1,0 +1,48 @@
+"""Where the tensors of a backbone lie, from the headers of its files: nothing is read, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from cfm_train.backbone.spec import ResolvedBackbone
+from cfm_train.errors import UserError
+from cfm_train.library.tensorfile import TensorInfo, read_header
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A tensor and the file that it lies in."""
+
+    file: Path
+    info: TensorInfo
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        return self.info.end - self.info.begin
+
+
+def placed_tensors(backbone: ResolvedBackbone) -> dict[str, Placed]:
+    """Every tensor of a backbone by name, whatever files it is spread over.
+
+    Raises:
+        UserError: a file is damaged, or two of them hold one tensor.
+    """
+    placed: dict[str, Placed] = {}
+    for path in backbone.files:
+        with path.open("rb") as file:
+            for name, info in read_header(file, str(path)).items():
+                if name in placed:
+                    raise UserError(
+                        f"The backbone '{backbone.id}' has the tensor '{name}' twice, in "
+                        f"'{placed[name].file.name}' and '{path.name}': fetch it again."
+                    )
+                placed[name] = Placed(path, info)
+    return placed
+
+
+def size_of(tensors: Mapping[str, Placed]) -> int:
+    """Bytes of all tensors together."""
+    return sum(placed.size for placed in tensors.values())
