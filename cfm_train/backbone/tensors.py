@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from cfm_train.backbone.spec import ResolvedBackbone
 from cfm_train.errors import UserError
 from cfm_train.library.tensorfile import TensorInfo, read_header
+
+#: A tensor of a layer: what stands before the layer's number, the number, the rest of the name.
+NUMBERED = re.compile(r"(?P<stack>(?:[^.\d][^.]*\.)*?[^.\d][^.]*)\.(?P<layer>\d+)\.(?P<rest>.+)")
 
 
 @dataclass(frozen=True)
@@ -46,3 +50,20 @@ def placed_tensors(backbone: ResolvedBackbone) -> dict[str, Placed]:
 def size_of(tensors: Mapping[str, Placed]) -> int:
     """Bytes of all tensors together."""
     return sum(placed.size for placed in tensors.values())
+
+
+def stacks_of(names: Iterable[str]) -> dict[str, int]:
+    """The stacks of layers in a checkpoint, from the names of its tensors.
+
+    Args:
+        names: the tensors' names.
+
+    Returns:
+        What stands before the layer's number -> how many layers there are, for every group of
+        names that differ by a number which counts from 0 without a gap.
+    """
+    found: dict[str, set[int]] = {}
+    for name in names:
+        if match := NUMBERED.fullmatch(name):
+            found.setdefault(match["stack"], set()).add(int(match["layer"]))
+    return {stack: len(n) for stack, n in found.items() if n == set(range(len(n)))}

@@ -17,11 +17,10 @@ from typing import Any
 from cfm_train.backbone.fingerprint import fingerprint
 from cfm_train.backbone.named import backbone_section
 from cfm_train.backbone.spec import ResolvedBackbone, resolve
-from cfm_train.backbone.tensors import Placed, placed_tensors
+from cfm_train.backbone.tensors import NUMBERED, Placed, placed_tensors, stacks_of
 from cfm_train.errors import UserError
 
 _SLICE = re.compile(r"(?P<model>.+):(?P<start>\d+)-(?P<stop>\d+)")
-_NUMBERED = re.compile(r"(?P<stack>(?:[^.\d][^.]*\.)*?[^.\d][^.]*)\.(?P<layer>\d+)\.(?P<rest>.+)")
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def open_source(text: str) -> Source:
     layers: list[dict[str, Placed]] = [{} for _ in range(count)]
     around = {}
     for name, place in placed.items():
-        match = _NUMBERED.fullmatch(name)
+        match = NUMBERED.fullmatch(name)
         if match and match["stack"] == stack:
             layers[int(match["layer"])][match["rest"]] = place
         else:
@@ -98,11 +97,7 @@ def stack_of(names: Sequence[str] | dict[str, Any], model: str) -> tuple[str, in
     Raises:
         UserError: there is no stack of layers, or more than one.
     """
-    found: dict[str, set[int]] = {}
-    for name in names:
-        if match := _NUMBERED.fullmatch(name):
-            found.setdefault(match["stack"], set()).add(int(match["layer"]))
-    stacks = {stack: len(n) for stack, n in found.items() if n == set(range(len(n)))}
+    stacks = stacks_of(names)
     if len(stacks) > 1:  # one of several may be a list of one, such as a projector
         stacks = {stack: n for stack, n in stacks.items() if n > 1} or stacks
     if len(stacks) != 1:
