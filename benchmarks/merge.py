@@ -259,7 +259,8 @@ def differences(ours: Path, theirs: Path) -> dict[str, float]:
 
 def adapters(folder: Path, out: Path) -> dict[str, float]:
     """The merge of three adapters, between read files and factors, and with files."""
-    from cfm_train.merging.files.merge import merge_adapters, open_adapters
+    from cfm_train.merging.files.adapters import open_adapters
+    from cfm_train.merging.files.merge import merge_adapters
 
     paths = [folder / name for name in ("a1", "a2", "a3")]
     given = {"space": "delta", "rank": 16}

@@ -195,7 +195,7 @@ def _twins(models: Sequence[Model]) -> dict[str, str]:
     transformers stores tied tensors once; other programs write them out under each name.
 
     Raises:
-        UserError: the config says that they are tied, and they differ.
+        UserError: the config says that they are tied, and they are in some of the models only.
     """
     first = models[0]
     config: dict[str, Any] = first.backbone.config
@@ -206,14 +206,16 @@ def _twins(models: Sequence[Model]) -> dict[str, str]:
         if len(placed.info.shape) == 2 and placed.info.shape[0] == config.get("vocab_size"):
             by_shape.setdefault(placed.info.shape, []).append(name)
     found = {}
-    for names in by_shape.values():
-        for name in names[1:]:
-            for model in models:
-                if not _equal(model.tensors[names[0]], model.tensors[name]):
-                    raise UserError(
-                        f"The config of '{model.name}' says that its word embeddings are tied, but "
-                        f"'{names[0]}' and '{name}' of its weights differ: set "
-                        "tie_word_embeddings to false, or save it with tied weights."
-                    )
-            found[name] = names[0]
+    for known, *others in by_shape.values():
+        for name in others:
+            equal = [_equal(model.tensors[known], model.tensors[name]) for model in models]
+            if not any(equal):
+                continue  # another tensor that happens to have the shape
+            if not all(equal):
+                raise UserError(
+                    f"The word embeddings are tied, but '{known}' and '{name}' differ in "
+                    f"'{models[equal.index(False)].name}': save it with tied weights, or set "
+                    "tie_word_embeddings to false in all of the models."
+                )
+            found[name] = known
     return found
