@@ -165,7 +165,7 @@ def ours(folder: Path, rule: str, out: Path, threads: int) -> dict[str, float]:
     began = time.perf_counter()
     inputs = job.inputs
     engine.merge_models(
-        operation._task(inputs),
+        operation.task_of(inputs),
         inputs.out,
         companion=inputs.companion.backbone.folder,
         texts={"config.json": operation.new_config(job.config, inputs)},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from cfm_train.backbone.spec import ResolvedBackbone
 from cfm_train.errors import UserError
-from cfm_train.library.tensorfile import TensorInfo, read_header
+from cfm_train.library.tensorfile import TensorInfo, pieces, read_header
 
 #: A tensor of a layer: what stands before the layer's number, the number, the rest of the name.
 NUMBERED = re.compile(r"(?P<stack>(?:[^.\d][^.]*\.)*?[^.\d][^.]*)\.(?P<layer>\d+)\.(?P<rest>.+)")
@@ -50,6 +51,21 @@ def placed_tensors(backbone: ResolvedBackbone) -> dict[str, Placed]:
 def size_of(tensors: Mapping[str, Placed]) -> int:
     """Bytes of all tensors together."""
     return sum(placed.size for placed in tensors.values())
+
+
+def content_of(tensors: Mapping[str, Placed]) -> str:
+    """SHA-256 of names, dtypes, shapes and values: the same however the tensors lie in files.
+
+    Reads all of them, so it is for who needs just that; a backbone's fingerprint is cached.
+    """
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        placed = tensors[name]
+        total.update(f"{name} {placed.info.dtype} {placed.info.shape}\n".encode())
+        with placed.file.open("rb") as file:
+            for piece in pieces(file, placed.info):
+                total.update(piece)
+    return total.hexdigest()
 
 
 def stacks_of(names: Iterable[str]) -> dict[str, int]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from cfm_train.backbone.fingerprint import fingerprint
 from cfm_train.backbone.folders import check_room, look_at
 from cfm_train.backbone.sites import fits
-from cfm_train.backbone.tensors import stacks_of
+from cfm_train.backbone.tensors import content_of, stacks_of
 from cfm_train.config import merging, signature
 from cfm_train.errors import UserError, nearest
 from cfm_train.library.card import check_name
@@ -182,20 +182,25 @@ def rehearse(config: dict[str, Any], inputs: Inputs) -> None:
     """
     from cfm_train.merging.models.merge import rehearse as rehearse_merge
 
-    rehearse_merge(_task(inputs), _threads(config))
+    rehearse_merge(task_of(inputs), _threads(config))
 
 
-def _task(inputs: Inputs) -> Task:
+def task_of(inputs: Inputs) -> Task:
+    """What the merge is given."""
     from cfm_train.merging.mix import make_mix
     from cfm_train.merging.models.task import Task
 
+    mix = make_mix(inputs.parameters)
+    sources = [model.fingerprint for model in inputs.models]
+    if mix.sparsifier.random:  # what is drawn must not depend on shards
+        sources = [content_of(model.tensors) for model in inputs.models]
     return Task(
-        mix=make_mix(inputs.parameters),
+        mix=mix,
         weights=inputs.weights,
         inputs=[model.tensors for model in inputs.models],
         base=None if inputs.base is None else inputs.base.tensors,
         plan=inputs.plan,
-        sources=[model.fingerprint for model in inputs.models],
+        sources=sources,
         names=[model.name for model in inputs.models],
     )
 
@@ -214,7 +219,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     began = time.perf_counter()
     if not inputs.written:
         merge_models(
-            _task(inputs),
+            task_of(inputs),
             inputs.out,
             companion=inputs.companion.backbone.folder,
             texts={"config.json": new_config(config, inputs), MERGE_FILE: inputs.merge},

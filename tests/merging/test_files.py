@@ -283,6 +283,7 @@ def test_one_sentence_and_nothing_on_disk(
     make_them, more, named = REFUSED[case]
     paths = make_them(tmp_path)
     before = sorted(tmp_path.rglob("*"))
+    capsys.readouterr()
     assert main([*map(str, paths), "--out", str(tmp_path / "out"), *more]) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and error.startswith("error: ") and named in error

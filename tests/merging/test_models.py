@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cfm_train.backbone.spec import resolve
+from cfm_train.backbone.tensors import content_of, placed_tensors
 from cfm_train.launch.cli import main
 from cfm_train.launch.job import prepare
 from cfm_train.library.store import Library
@@ -178,8 +180,6 @@ def test_the_same_as_the_plain_merge_to_the_bit(
     inputs = inputs[: 2 if "slerp" in case else 3]
     overrides = [f"merge.{k}={v}" for k, v in given.items() if k != "sparsify"]
     overrides += [f"sparsify={given['sparsify']}"] if "sparsify" in given else []
-    from cfm_train.backbone.fingerprint import fingerprint
-
     found = merge(
         tmp_path / "x", inputs, base if based else None, f"rule={rule}", "threads=3", *overrides
     )
@@ -187,7 +187,7 @@ def test_the_same_as_the_plain_merge_to_the_bit(
         rule,
         [tensors_of(path) for path in inputs],
         tensors_of(base) if based else None,
-        [fingerprint(path) for path in inputs],
+        [content_of(placed_tensors(resolve({"path": str(path)}))) for path in inputs],
         **given,
     )
     assert same(found, expected)
@@ -197,7 +197,7 @@ def test_the_same_as_the_plain_merge_to_the_bit(
     ("method", "rule", "base", "parameters"),
     [
         ("linear", "linear", False, {"normalize": False}),
-        ("task_arithmetic", "task_arithmetic", True, {}),
+        ("task_arithmetic", "task_arithmetic", True, {"lambda": 1.0}),
         ("ties", "ties/mergekit", True, {"density": 0.2, "normalize": True}),
     ],
 )
@@ -210,7 +210,8 @@ def test_mergekit_in_memory(
 
     stored = [drawn(number, torch.float32) for number in range(4)]
     paths = [write(tmp_path / f"f{n}", tensors) for n, tensors in enumerate(stored)]
-    more = [f"merge.density={parameters['density']}"] if "density" in parameters else []
+    more = ["merge.scale=1"]
+    more += [f"merge.density={parameters['density']}"] if "density" in parameters else []
     found = merge(
         tmp_path / "x",
         paths[1:],
@@ -235,22 +236,22 @@ def test_mergekit_in_memory(
 
 def test_nothing_else_has_a_say(models: list[Path], tmp_path: Path) -> None:
     """Not how the inputs lie in shards, not threads, not PYTHONHASHSEED: equal bytes."""
-    more = ["rule=ties/mergekit", "sparsify=dare", "merge.seed=1"]
     base, *inputs = models
+    more = ["rule=ties/mergekit", "sparsify=dare", "merge.seed=1"]
     merge(tmp_path / "one", inputs, base, *more, "threads=1")
     sharded = [
         write(tmp_path / f"s{n}", tensors_of(path), shards=3) for n, path in enumerate(models)
     ]
-    # What is drawn depends on what an input is, and shards make it another folder: no draws here.
     trim = ["rule=ties/mergekit", "merge.density=0.3"]
     merge(tmp_path / "whole", inputs, base, *trim, "threads=1")
     merge(tmp_path / "sharded", sharded[1:], sharded[0], *trim, "threads=4")
-    weights = "model.safetensors"
+    merge(tmp_path / "drawn", sharded[1:], sharded[0], *more, "threads=3")
 
     def content(name: str) -> bytes:
-        return (tmp_path / name / "out" / weights).read_bytes()
+        return (tmp_path / name / "out" / "model.safetensors").read_bytes()
 
     assert content("whole") == content("sharded")
+    assert content("one") == content("drawn")
     for seed in ("1", "2"):
         where = tmp_path / f"seed{seed}"
         where.mkdir()

@@ -76,7 +76,7 @@ class Reader:
         return raw
 
     def _fill(self, placed: Placed, offset: int, raw: Tensor) -> None:
-        handle, view, done = self._handle(placed.file), memoryview(raw.numpy()), 0
+        handle, view, done = self._handle(placed.file), memoryview(raw.numpy().data), 0
         while done < len(view):
             got = os.preadv(handle, [view[done:]], offset + done)
             if not got:
@@ -133,7 +133,9 @@ class Writer:
             start: the first number, counted in the flat tensor.
             numbers: ``[n]`` contiguous, in the dtype of the file.
         """
-        self.write_bytes(name, start * numbers.element_size(), numbers.view(torch.uint8).numpy())
+        self.write_bytes(
+            name, start * numbers.element_size(), numbers.view(torch.uint8).numpy().data
+        )
 
     def write_bytes(self, name: str, offset: int, content: bytes | memoryview) -> None:
         """Writes bytes of a tensor, ``offset`` bytes after its first."""

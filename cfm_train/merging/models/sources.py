@@ -105,7 +105,8 @@ def plan(models: Sequence[Model], dtype: str | None) -> Plan:
         _same_config(first, other)
         same_tokenizer(first.backbone, other.backbone)
         _same_tensors(first, other)
-    merged, copied = [], []
+    merged: list[str] = []
+    copied: list[str] = []
     for name, placed in first.tensors.items():
         (merged if placed.info.dtype in FLOATS else copied).append(name)
     dtypes = {name: _dtype(name, models, dtype) for name in merged}
