@@ -58,6 +58,12 @@ class Merging(Section):
         return self
 
 
+class ModelMerging(Merging):
+    """What a merge of whole models has besides."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] | None
+
+
 def own_arguments(room: str, name: str) -> dict[str, Any]:
     """The parameters of a rule or sparsifier with their types, from its source."""
     base = next(base for known, base in ROOMS.values() if known == room)
@@ -71,12 +77,18 @@ def methods(key: str) -> tuple[str, ...]:
 
 
 @functools.cache
-def model_of(rule: str, sparsify: str) -> type[Merging]:
-    """The schema of merges by a rule with a sparsifier."""
+def model_of(rule: str, sparsify: str, base: type[Merging] = Merging) -> type[Merging]:
+    """The schema of merges by a rule with a sparsifier.
+
+    Args:
+        rule: of ``merging/``.
+        sparsify: of ``merging/sparsify/``.
+        base: what every merge of the operation has.
+    """
     fields: dict[str, Any] = {"rule": (Literal[rule], ...), "sparsify": (Literal[sparsify], ...)}
     for key, name in (("rule", rule), ("sparsify", sparsify)):
         fields |= {k: (v, ...) for k, v in own_arguments(ROOMS[key][0], name).items()}
-    model = create_model(f"Merging_{rule}_{sparsify}", __base__=Merging, **fields)
+    model = create_model(f"{base.__name__}_{rule}_{sparsify}", __base__=base, **fields)
     model.model_config["extra"] = "forbid"
     model.model_rebuild(force=True)
     return model

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from cfm_train.config.merging import Merging
+from cfm_train.config.merging import Merging, ModelMerging
 from cfm_train.config.section import Section
 from cfm_train.config.types import (
     Count,
@@ -203,6 +203,18 @@ class Merge(Run):
     merge: Merging
 
 
+class MergeModels(Run):
+    """Make a backbone from whole models of one shape."""
+
+    models: list[str]
+    base: str | None
+    weights: list[float | list[float]] | None
+    merge: ModelMerging
+    shard_bytes: Positive
+    threads: Positive | None
+    out: str
+
+
 class StitchLayers(Run):
     """Make a backbone from layers of others, taken as they are."""
 
@@ -277,6 +289,7 @@ OPERATIONS: dict[str, type[Run]] = {
     "evaluate": Evaluate,
     "predict": Predict,
     "merge": Merge,
+    "merge_models": MergeModels,
     "analyze": Analyze,
     "stitch_layers": StitchLayers,
     "stitch_bridge": StitchBridge,

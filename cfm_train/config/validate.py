@@ -82,7 +82,8 @@ def model_of(config: Mapping[str, Any]) -> type[schema.Run]:
     model = schema.OPERATIONS[config["operation"]]
     if "merge" in model.model_fields and isinstance(config.get("merge"), Mapping):
         merging.check_methods(config["merge"])
-        chosen = merging.model_of(config["merge"]["rule"], config["merge"]["sparsify"])
+        base: Any = model.model_fields["merge"].annotation
+        chosen = merging.model_of(config["merge"]["rule"], config["merge"]["sparsify"], base)
         return create_model(model.__name__, __base__=model, merge=(chosen, ...))
     section = config.get("brick")
     if "brick" not in model.model_fields or not isinstance(section, Mapping):

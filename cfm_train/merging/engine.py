@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -97,14 +97,45 @@ def _merge_entries(
         )
     for group in mix.groups([(entry.name, entry.site) for entry in entries]):
         members = [entries[number] for number in group]
-        if len(members) == 1:
-            _merge_one(space, members[0], mix, given, sources, statistics)
-        else:
-            _merge_group(space, members, mix, given, sources)
+        merge_members(space, members, mix, given, sources, statistics)
+
+
+class Taker(Protocol):
+    """What merged updates are put into: a space, or the files of a whole model."""
+
+    def put(self, entry: Entry, merged: Tensor) -> None:
+        """Takes up one entry's merged update; λ is applied here."""
+
+
+def merge_members(
+    taker: Taker,
+    members: Sequence[Entry],
+    mix: Mix,
+    given: Weights,
+    sources: Sequence[str],
+    statistics: Statistics | None = None,
+) -> None:
+    """Merges one group of entries, as many as the mix's scope takes at once.
+
+    Args:
+        taker: what the results are put into.
+        members: the group.
+        mix: the merge.
+        given: the weights wherever they are asked for.
+        sources: name and version of each input.
+        statistics: of a site's weight, for rules that need them.
+
+    Raises:
+        UserError: the rule cannot merge them.
+    """
+    if len(members) == 1:
+        _merge_one(taker, members[0], mix, given, sources, statistics)
+    else:
+        _merge_group(taker, members, mix, given, sources)
 
 
 def _merge_one(
-    space: Space,
+    space: Taker,
     entry: Entry,
     mix: Mix,
     given: Weights,
@@ -128,7 +159,7 @@ def _merge_one(
 
 
 def _merge_group(
-    space: Space, members: Sequence[Entry], mix: Mix, given: Weights, sources: Sequence[str]
+    space: Taker, members: Sequence[Entry], mix: Mix, given: Weights, sources: Sequence[str]
 ) -> None:
     """Several tensors as one long vector: their magnitudes and angles are taken over all of it."""
     loaded = [entry.load() for entry in members]

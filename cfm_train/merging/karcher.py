@@ -27,6 +27,7 @@ class Karcher(Rule):
         tolerance: length of a step, in radians, at which it stands still.
     """
 
+    needs_base = False
     promises = frozenset({"identity", "permutation", "idempotent", "off"})
 
     def __init__(self, max_iter: Positive, tolerance: Rate) -> None:

@@ -17,6 +17,7 @@ class Linear(Rule):
 
     linear = True
     elementwise = True
+    needs_base = False
     promises = frozenset({"identity", "permutation", "cancel", "idempotent", "off"})
 
     def combine(self, updates: Tensor, weights: Tensor, facts: Facts) -> Tensor:

@@ -31,6 +31,7 @@ class NuSlerp(Rule):
     matrices = True
     fewest = 2
     most = 2
+    needs_base = False
     promises = frozenset({"permutation", "idempotent", "off"})
 
     def __init__(self, along: Literal["all", "rows", "columns"]) -> None:

@@ -26,6 +26,7 @@ class Slerp(Rule):
 
     fewest = 2
     most = 2
+    needs_base = False
     promises = frozenset({"permutation", "idempotent", "off"})
 
     def __init__(self, dot_threshold: Fraction) -> None:

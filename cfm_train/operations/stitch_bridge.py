@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from cfm_train.backbone.fingerprint import fingerprint, tokenizer_hash
+from cfm_train.backbone.named import same_tokenizer
 from cfm_train.data.sources import Checked, check_all
 from cfm_train.errors import UserError
 from cfm_train.library.card import check_name
 from cfm_train.library.store import Library
 from cfm_train.operations import trained
-from cfm_train.stitching.layers.sources import Source, open_source, same_tokenizer
+from cfm_train.stitching.layers.sources import Source, open_source
 from cfm_train.tracking.wandb_run import resolve_mode
 
 
@@ -51,7 +52,7 @@ def check(config: dict[str, Any]) -> Inputs:
     check_name(config["name"])
     resolve_mode(config["tracking"]["mode"])
     bottom, top = (open_source(config[key]) for key in ("bottom", "top"))
-    same_tokenizer(bottom, top)
+    same_tokenizer(bottom.backbone, top.backbone)
     _check_at(config, len(bottom.layers), len(top.layers))
     data = config["data"]
     if data["task"] != "causal" or data["tasks"]:

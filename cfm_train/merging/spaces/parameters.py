@@ -134,14 +134,14 @@ class Parameters(Space):
         if not isinstance(brick, LoRA):
             return brick.neutral
         what = name.split(".")[0]
+        if what != "magnitude" and (what != "bias" or brick.hyper["bias"] != "lora_only"):
+            return 0.0
         site = self.backbone.sites[self._site(name)]
         module = self.backbone.model.get_submodule(site.module)
         if what == "magnitude":
             return row_norms(module, site).double().cpu()
-        if what == "bias" and brick.hyper["bias"] == "lora_only":
-            own = bias_of(module, site)
-            return 0.0 if own is None else own.detach().double().cpu()
-        return 0.0
+        own = bias_of(module, site)
+        return 0.0 if own is None else own.detach().double().cpu()
 
     def _site(self, name: str) -> str:
         """The site a parameter belongs to; its own name where it names none."""
