@@ -16,6 +16,7 @@ class Linear(Rule):
     """The weighted sum."""
 
     linear = True
+    multiplies = True
     elementwise = True
     needs_base = False
     promises = frozenset({"identity", "permutation", "cancel", "idempotent", "off"})

@@ -51,24 +51,32 @@ class Rule(ABC):
         kind: the rule's name, that of its file.
         linear: whether the result is the sum of weight times update, whatever the updates are: such
             a rule never needs low-rank updates multiplied out.
+        weightless: whether it takes no weights.
         elementwise: whether a number of the result depends on the same place of the inputs alone.
         matrices: whether it needs whole matrices ``[out, in]``; vectors go to `combine_vectors`.
         fewest, most: how many inputs it takes.
         needs: the statistics it needs, ``fisher`` or ``gram``; None for none.
         needs_base: whether it means differences to a base, so that whole models cannot be merged
             without one; the others take parameters as well.
+        ranks: whether it keeps the largest singular values of a matrix.
+        multiplies: whether twice the weights give twice the result; no rule that averages does.
         promises: names from `PROMISES` that hold for it when nothing is sparsified.
+
+    The last two may depend on a rule's arguments.
     """
 
     kind: ClassVar[str]
     linear: ClassVar[bool] = False
+    weightless: ClassVar[bool] = False
     elementwise: ClassVar[bool] = False
     matrices: ClassVar[bool] = False
     fewest: ClassVar[int] = 1
     most: ClassVar[int | None] = None
     needs: ClassVar[str | None] = None
     needs_base: ClassVar[bool] = True
-    promises: ClassVar[frozenset[str]] = frozenset()
+    ranks: ClassVar[bool] = False
+    multiplies: bool = False
+    promises: frozenset[str] = frozenset()
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)

@@ -37,6 +37,11 @@ class Ties(Rule):
     ) -> None:
         self.elect = elect
         self.divisor = divisor
+        self.multiplies = divisor != "weights"
+        if divisor != "one":
+            self.promises = self.promises | {"idempotent"}
+        if elect != "weighted":  # w and -w of one number are a tie, which elects plus
+            self.promises = self.promises | {"cancel"}
 
     def combine(self, updates: Tensor, weights: Tensor, facts: Facts) -> Tensor:
         """See the class; a number that no update agrees on is zero.

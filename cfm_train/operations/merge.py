@@ -14,7 +14,7 @@ from cfm_train.errors import UserError
 from cfm_train.library.card import Card, check_name
 from cfm_train.library.sidecar import Sidecar
 from cfm_train.merging import sidecars
-from cfm_train.merging.weights import check_filters, check_weights
+from cfm_train.merging.weights import check_filters, check_matched, check_weights
 from cfm_train.operations.selection import Selection, select
 from cfm_train.tracking.wandb_run import resolve_mode
 
@@ -59,8 +59,10 @@ def check(config: dict[str, Any]) -> Inputs:
     merging.check_count(rule, count)
     weights = merging.default_weights(config["weights"], count, section["equal"], rule)
     check_weights(weights, count)
-    check_filters(section["filters"], count)
+    filters = check_filters(section["filters"], count)
     check_cards(list(selection.cards.values()), section)
+    if {card.kind for card in selection.cards.values()} == {"lora"}:
+        check_matched(filters, {site for c in selection.cards.values() for site in c.sites})
     parameters = {k: v for k, v in section.items() if k != "rule"}
     if section["equal"] is not None:
         parameters["weights"] = weights
@@ -86,6 +88,8 @@ def check_cards(cards: Sequence[Card], section: Mapping[str, Any]) -> None:
             f"Bricks of the kinds {' and '.join(kinds)} cannot be merged: use one kind, or plug "
             "both (recipe=stitch/sum)."
         )
+    if kinds:
+        merging.check_together(section, low_rank=kinds == ["lora"])
     space = section["space"]
     needs = sidecars.needed_by(section["rule"])
     if needs is not None and space not in ("auto", "delta"):
