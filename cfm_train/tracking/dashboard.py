@@ -22,7 +22,18 @@ from cfm_train.tracking.view import view
 _ASSETS = Path(__file__).resolve().parent / "assets"
 
 #: In this order: helpers first, the part that starts everything last.
-_SCRIPTS = ("base", "headline", "matrix", "chart", "curves", "costs", "lineage", "tables", "main")
+_SCRIPTS = (
+    "base",
+    "headline",
+    "matrix",
+    "chart",
+    "curves",
+    "costs",
+    "search",
+    "lineage",
+    "tables",
+    "main",
+)
 
 
 def draw(records: Sequence[Mapping[str, Any]], path: str | Path, *, title: str = "") -> Path:

@@ -67,6 +67,8 @@ def matrix_view(records: Sequence[Mapping[str, Any]]) -> Json:
             {"label": name, "brick": cell["brick"], "role": cell["role"], "cells": {}, "runs": []},
         )
         row["runs"] = list(dict.fromkeys([*row["runs"], at]))
+        if cell.get("note"):
+            row["note"] = cell["note"]
         column = columns.index((cell["task"], cell["metric"]))
         other = row["cells"].get(column)
         if other is None or (cell["role"] not in COMPETES and _better(cell, other)):

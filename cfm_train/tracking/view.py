@@ -20,6 +20,7 @@ from cfm_train.tracking.matrix_view import (
     matrix_view,
 )
 from cfm_train.tracking.metrics_file import MetricsFile
+from cfm_train.tracking.search_view import searches
 
 Json = dict[str, Any]
 
@@ -35,7 +36,7 @@ def view(records: Sequence[Mapping[str, Any]], folder: Path) -> Json:
         folder: where the page will lie: links are relative to it.
 
     Returns:
-        JSON-ready: runs, matrix, headline, checks, curves, costs, lineage, samples.
+        JSON-ready: runs, matrix, headline, checks, curves, costs, searches, lineage, samples.
     """
     labels = distinct_labels([record["name"] for record in records], records)
     runs = [_run(at, r, labels[at], folder) for at, r in enumerate(records)]
@@ -47,6 +48,7 @@ def view(records: Sequence[Mapping[str, Any]], folder: Path) -> Json:
         "checks": _checks(records),
         "curves": _curves(records, labels, folder),
         "costs": _costs(matrix, runs),
+        "searches": searches(records, labels),
         "lineage": lineage(records, folder),
         "samples": [{"run": at, **s} for at, r in enumerate(records) for s in r["samples"]],
         "lower_is_better": sorted(LOWER_IS_BETTER),

@@ -22,7 +22,7 @@ function drawContents() {
 }
 
 for (const [id, draw] of Object.entries({
-  headline: drawHeadline, checks: drawChecks, matrix: drawMatrix, costs: drawCosts, curves: drawCurves,
+  headline: drawHeadline, checks: drawChecks, matrix: drawMatrix, costs: drawCosts, searches: drawSearches, curves: drawCurves,
   lineage: drawLineage, samples: drawSamples, runs: drawRuns,
 })) {
   try {

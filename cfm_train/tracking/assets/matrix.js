@@ -90,7 +90,8 @@ function drawMatrix() {
       role = row.role;
       body.append(html("tr", { class: "group" }, html("th", { colspan: tasks.length + 1 + means, scope: "rowgroup" }, ROLES[role])));
     }
-    body.append(html("tr", { class: BOUND.has(role) ? "bound" : row.part ? "part" : "" }, html("th", { scope: "row" }, row.brick, row.label === row.brick ? null : html("small", {}, row.label.slice(row.brick.length + 3))),
+    body.append(html("tr", { class: BOUND.has(role) ? "bound" : row.part ? "part" : "" }, html("th", { scope: "row" }, row.brick, row.label === row.brick ? null : html("small", {}, row.label.slice(row.brick.length + 3)),
+      row.note ? html("small", { class: "said" }, row.note) : null),
       tasks.map((_, at) => heatCell(row, number, at, scales)), means ? meanCell(row) : null));
   });
   const floor = rows.some((row) => row.role === "floor");
