@@ -55,7 +55,7 @@ class Found:
         best = self.entry["trials"][self.entry["chosen"]]
         note = f"; {self.entry['note']}" if self.entry["note"] else ""
         return (
-            f"weights chosen on {self.entry['chosen_on']} by {self.entry['on']} "
+            f"weights chosen on {self.entry['chosen_on']} by {self.entry['objective']} "
             f"{best['value']:.4f}, trial {self.entry['chosen'] + 1} of "
             f"{len(self.entry['trials'])}{note}"
         )

@@ -1,4 +1,4 @@
-"""What a merge with found weights needs beyond its bricks, checked before torch: tasks, rows, heads.
+"""What finding a merge's weights needs besides its bricks, checked before torch.
 
 Weights are chosen on validation rows and the result is judged once on test; `adamerging` alone
 reads the inputs of test rows.

@@ -31,12 +31,13 @@ class Grid(Search):
 
     def count(self, problem: Problem) -> int:
         """See the contract."""
-        return len(self._points(problem))
+        return sum(1 for _ in self._points(problem))
 
     def propose(self, problem: Problem) -> Proposals:
         """See the class."""
         yield from self._points(problem)
 
-    def _points(self, problem: Problem) -> list[tuple[float, ...]]:
-        every = itertools.product(*(axis.values for axis in problem.axes))
-        return [point for point in every if not problem.skips(point)]
+    def _points(self, problem: Problem) -> Proposals:
+        for point in itertools.product(*(axis.values for axis in problem.axes)):
+            if not problem.skips(point):
+                yield point
