@@ -59,6 +59,9 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
             metrics |= {f"{start}{k}": v for k, v in figures_of(scored).items()}
         if config["evaluation"]["head_only"]:
             matrix += cells_of(floor(scene.scorer, tasks))
+        for body in scene.bodies:
+            if body.note is not None:
+                print(f"{body.label} {body.note}")
         record = scene.record(inputs.selection, folder)
         wandb.table("matrix", *table_of(matrix))
         wandb.summary({name: figure["value"] for name, figure in metrics.items()})
@@ -67,7 +70,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
 
 def table_of(cells: list[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
     """Cells as the columns and rows of a table."""
-    columns = ["brick", "task", "metric", "value", "low", "high", "n", "role", "head", "source"]
+    columns = ["brick", "task", "metric", "value", "low", "high", "n", "role", "head", "source", "note"]
     return columns, [[cell.get(column) for column in columns] for cell in cells]
 
 

@@ -18,7 +18,7 @@ function searchChart(search, axis, width) {
 
 function drawSearches() {
   if (!DATA.searches.length) return;
-  fill("searches", DATA.searches.map((search) => html("div", {},
+  fill("searches", DATA.searches.map((search, at) => html("div", { style: at ? "margin-top:22px" : null },
     html("h3", {}, search.label),
     html("p", { class: search.note ? "note" : "lead" },
       `Weights chosen on ${search.chosen_on} by ${search.objective} (${search.method}, trial ${search.trial} of ${search.tried}: ${searchText(search, search.value)}), reported on test${search.note ? `: ${search.note}, so its figures do not compare with those of weights chosen on validation` : ""}.`),
