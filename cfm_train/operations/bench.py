@@ -27,11 +27,12 @@ from cfm_train.data.batches import BatchStream
 from cfm_train.data.encode import Encoded, encode_rows
 from cfm_train.data.tasks import LOWER_IS_BETTER, TaskSpec
 from cfm_train.errors import UserError
+from cfm_train.evaluation.evaluator import predict
 from cfm_train.evaluation.judge import TOKENS_PER_BATCH, judge_task, primary
 from cfm_train.merging.engine import Statistics, carry_heads, merge
 from cfm_train.merging.mix import Mix, make_mix
 from cfm_train.merging.search.plugged import Followed, adds_up, plan
-from cfm_train.merging.search.search import Point, Problem, Search
+from cfm_train.merging.search.search import Point, Problem, make_search
 from cfm_train.merging.weights import Weight, interpolate
 from cfm_train.operations.sought import Sought
 from cfm_train.paths import cache_dir
@@ -67,8 +68,7 @@ class Bench:
         backbone: nothing plugged.
         merge: the section ``merge``.
         given: the merge's own weights, or None for a rule without.
-        search: the method.
-        sought: axes, tasks and rows.
+        sought: the method, axes, tasks and rows.
         labels: names of the bricks.
         sources: name and version of each brick.
         statistics: for rules that need them.
@@ -85,7 +85,6 @@ class Bench:
         merge: Mapping[str, Any],
         given: Any,
         *,
-        search: Search,
         sought: Sought,
         labels: Sequence[str],
         sources: Sequence[str],
@@ -93,7 +92,8 @@ class Bench:
         seed: int,
     ) -> None:
         self.bricks, self.backbone, self.section, self.given = bricks, backbone, dict(merge), given
-        self.search, self.sources, self.statistics = search, sources, statistics
+        self.search = search = make_search(sought.section)
+        self.sources, self.statistics = sources, statistics
         self.labels = labels
         self.mix = make_mix(merge)
         holder = HeadOnly()
@@ -221,10 +221,10 @@ class Bench:
         spec, head, rows = self.specs[task], self.heads[task], self.rows[task]
         if self.search.objective == "entropy":
             return self._entropy_of_all(task)
-        answers = judge_task(self.backbone, head, spec, rows)
         if self.search.objective == "loss":
-            return answers.loss()
-        scores = answers.scores(bootstrap=0, seed=0)
+            found = predict(self.backbone, head, spec, rows, tokens_per_batch=TOKENS_PER_BATCH)
+            return found.loss()
+        scores = judge_task(self.backbone, head, spec, rows).scores(bootstrap=0, seed=0)
         return scores[primary(spec, scores)].value
 
     @torch.inference_mode()

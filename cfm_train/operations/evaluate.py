@@ -70,7 +70,19 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
 
 def table_of(cells: list[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
     """Cells as the columns and rows of a table."""
-    columns = ["brick", "task", "metric", "value", "low", "high", "n", "role", "head", "source", "note"]
+    columns = [
+        "brick",
+        "task",
+        "metric",
+        "value",
+        "low",
+        "high",
+        "n",
+        "role",
+        "head",
+        "source",
+        "note",
+    ]
     return columns, [[cell.get(column) for column in columns] for cell in cells]
 
 

@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from cfm_train.backbone.fingerprint import tokenizer_hash
-from cfm_train.bricks.brick import Brick
 from cfm_train.config.compose import option
 from cfm_train.config.searching import ADAPTS
-from cfm_train.configuration.expression import Expression
 from cfm_train.data.encode import encode
 from cfm_train.evaluation.matrix import cells_of, figures_of, row
-from cfm_train.evaluation.scorer import Body, Scorer, identity_of
+from cfm_train.evaluation.scorer import Body, Scorer
 from cfm_train.evaluation.shelf import Shelf
 from cfm_train.merging.search.search import Search, lower
 from cfm_train.operations.bench import Bench, Tried
@@ -43,12 +41,30 @@ class Found:
         section: the section ``merge`` with the best point's parameters.
         entry: ``search`` of the record.
         heatmap: the weights by brick and layer; None where they are the same in all layers.
+        curves: the file with a row for each trial.
     """
 
     weights: Any
     section: dict[str, Any]
     entry: dict[str, Any]
     heatmap: dict[str, Any] | None
+    curves: Path
+
+    @property
+    def note(self) -> str | None:
+        """What is said beside its figures."""
+        said: str | None = self.entry["note"]
+        return said
+
+    @property
+    def choice(self) -> dict[str, Any]:
+        """What the card keeps: the rows that decided, and the note."""
+        return {key: self.entry[key] for key in ("chosen_on", "note")}
+
+    def record(self) -> dict[str, Any]:
+        """The search's part of the record."""
+        heatmaps = {"heatmaps": [self.heatmap]} if self.heatmap else {}
+        return {"search": self.entry, "curves": str(self.curves), **heatmaps}
 
     def line(self) -> str:
         """What a person reads of it."""
@@ -61,15 +77,15 @@ class Found:
         )
 
 
-def find(bench: Bench, search: Search, wandb: WandbRun, folder: Path) -> Found:
-    """Goes through a search's proposals and takes the point of least cost.
+def find(bench: Bench, wandb: WandbRun, folder: Path) -> Found:
+    """Goes through the search's proposals and takes the point of least cost.
 
     Args:
         bench: where points are tried.
-        search: the method.
         wandb: gets a row for each trial.
         folder: the run's; ``metrics.jsonl`` is written when the search is over.
     """
+    search = bench.search
     tried: list[Tried] = []
     proposals = search.propose(bench.problem)
     total = search.count(bench.problem)
@@ -118,7 +134,7 @@ def find(bench: Bench, search: Search, wandb: WandbRun, folder: Path) -> Found:
         [[*one.point, one.value] for one in tried],
     )
     weights = bench.weights(best)
-    return Found(weights, dict(bench.mixed(best)), entry, _heatmap(bench, weights))
+    return Found(weights, dict(bench.mixed(best)), entry, _heatmap(bench, weights), file.path)
 
 
 def _heatmap(bench: Bench, weights: Any) -> dict[str, Any] | None:
@@ -158,30 +174,31 @@ class Reported:
     matrix: list[dict[str, Any]]
     examples: dict[str, Any] | None
 
+    def record(self) -> dict[str, Any]:
+        """The figures' part of the record."""
+        examples = {"examples": self.examples} if self.examples else {}
+        return {"metrics": self.metrics, "matrix": self.matrix, **examples}
+
 
 def report(
-    brick: Brick,
-    tree: Expression,
+    body: Body,
     config: dict[str, Any],
     sought: Sought,
     selection: Selection,
     backbone: Backbone,
     wandb: WandbRun,
     folder: Path,
-    note: str | None,
 ) -> Reported:
     """Judges the merge on the test rows of each task, with the heads that it carries.
 
     Args:
-        brick: the merge.
-        tree: its configuration.
+        body: the merge.
         config: the run's config.
         sought: the tasks.
         selection: the backbone's folder.
         backbone: nothing plugged.
         wandb: gets the matrix and the figures.
         folder: the run's, for the examples.
-        note: what is said beside its figures.
     """
     scorer = Scorer(
         backbone,
@@ -193,7 +210,6 @@ def report(
         seed=config["seed"],
         shelf=Shelf(None),
     )
-    body = Body(config["name"], brick, identity_of(tree, brick), "merged", tree, note)
     scored = row(scorer, body, list(sought.tasks), {})
     matrix, metrics = cells_of(scored), figures_of(scored)
     wandb.table("matrix", *table_of(matrix))

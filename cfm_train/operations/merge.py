@@ -119,6 +119,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     """Merges and stores; returns the record's own part."""
     from cfm_train.bricks.stored import store
     from cfm_train.configuration.apply import assemble, plain
+    from cfm_train.evaluation.scorer import Body, identity_of
     from cfm_train.merging.engine import merge
     from cfm_train.merging.invariants import try_promises
     from cfm_train.merging.mix import make_mix
@@ -144,24 +145,21 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     found, reported = None, None
     with tracked(config, folder) as wandb:
         if inputs.sought is not None:
-            from cfm_train.merging.search.search import make_search
             from cfm_train.operations.bench import Bench
-            from cfm_train.operations.found import METRICS, find, report
+            from cfm_train.operations.found import find, report
 
-            search = make_search(inputs.sought.section)
             bench = Bench(
                 bodies,
                 backbone,
                 section,
                 weights,
-                search=search,
                 sought=inputs.sought,
                 labels=selection.labels,
                 sources=sources,
                 statistics=statistics,
                 seed=config["seed"],
             )
-            found = find(bench, search, wandb, folder)
+            found = find(bench, wandb, folder)
             section, weights = found.section, found.weights
         mix, tree = make_mix(section), tree_of(selection, section, weights)
         result = merge(bodies, weights, mix, backbone, sources=sources, statistics=statistics)
@@ -173,21 +171,13 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
         promises = try_promises(
             bodies, weights, mix, backbone, sources=sources, statistics=statistics
         )
-        chosen: dict[str, Any] = {}
+        recipe = {**config, "backbone": selection.section, "parents": recipes}
         if inputs.sought is not None and found is not None:
-            kept = {key: found.entry[key] for key in ("chosen_on", "note")}
-            chosen = {"search": {**config["search"], **kept}}
-            reported = report(
-                merged,
-                tree,
-                config,
-                inputs.sought,
-                selection,
-                backbone,
-                wandb,
-                folder,
-                kept["note"],
+            recipe["search"] = {**config["search"], **found.choice}
+            body = Body(
+                config["name"], merged, identity_of(tree, merged), "merged", tree, found.note
             )
+            reported = report(body, config, inputs.sought, selection, backbone, wandb, folder)
         card = store(
             merged,
             selection.library,
@@ -197,7 +187,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
             expression=str(tree),
             parents=parents,
             tokenizer=tokenizer_hash(selection.backbone.folder),
-            recipe={**config, "backbone": selection.section, "parents": recipes} | chosen,
+            recipe=recipe,
             data=[entry for c in selection.cards.values() for entry in c.data],
             metrics={} if reported is None else reported.metrics,
             run=folder.name,
@@ -228,20 +218,11 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     ]
     entries = backbone_entries(backbone, same)
     entries["checks"] |= promises
-    searched: dict[str, Any] = {}
-    if found is not None and reported is not None:
-        searched = {
-            "search": found.entry,
-            "metrics": reported.metrics,
-            "matrix": reported.matrix,
-            "curves": str(folder / METRICS),
-            **({"examples": reported.examples} if reported.examples else {}),
-            **({"heatmaps": [found.heatmap]} if found.heatmap else {}),
-        }
     return {
         "brick": brick_entry(card, selection.library, weighted),
         **entries,
-        **searched,
+        **(found.record() if found is not None else {}),
+        **(reported.record() if reported is not None else {}),
         "cost": {
             "peak_memory_bytes": peak_memory(),
             "trainable_parameters": sum(p.numel() for p in merged.parameters()),

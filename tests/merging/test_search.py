@@ -193,7 +193,6 @@ def bench_of(
         backbone or tiny("bert"),
         mixed,
         list(given) if mixed["equal"] else None,
-        search=method,
         sought=Sought(chosen, axes_of(chosen, mixed, LABELS, None), tasks, decide),
         labels=LABELS,
         sources=LABELS,

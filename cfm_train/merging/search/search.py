@@ -18,7 +18,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -109,7 +109,7 @@ def make_search(section: Mapping[str, Any]) -> Search:
         and issubclass(value, Search)
         and value.__module__ == module.__name__
     )
-    return cast(Search, method(**{k: section[k] for k in signature.arguments(ROOM, kind, BASE)}))
+    return method(**{k: section[k] for k in signature.arguments(ROOM, kind, BASE)})
 
 
 def clipped(point: Point, axes: Sequence[Axis]) -> list[float]:
