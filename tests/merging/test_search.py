@@ -19,7 +19,7 @@ from cfm_train.bricks.brick import Brick
 from cfm_train.bricks.heads import Head
 from cfm_train.config.compose import option
 from cfm_train.config.merging import complete
-from cfm_train.config.searching import Axis, axes_of, methods, model_of
+from cfm_train.config.searching import Axis, axes_of, check_method, methods, model_of
 from cfm_train.data.sources import check_all
 from cfm_train.data.splits import take
 from cfm_train.errors import UserError
@@ -398,3 +398,34 @@ def test_every_method_has_an_option() -> None:
     assert {"none", *methods()} == set(groups()["search"])
     for kind in methods():
         assert make_search(searching(kind)).kind == kind
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="search=bayes needs scikit-learn"):
+        check_method(searching("bayes"), complete("linear", {}))
+    check_method(searching("grid"), complete("linear", {}))
+
+
+def test_language_tasks_need_no_head(tmp_path: Path) -> None:
+    """The loss that is descended on all rows at once is the one that is compared."""
+    (task,) = check_all(data_section("causal", tmp_path, rows=32, name="a"))
+    section = searching("gradient", batch=64, by="layer")
+    bricks = [
+        brick.requires_grad_(False) for brick in (make("llama", ONE, 1), make("llama", TWO, 2))
+    ]
+    bench = Bench(
+        bricks,
+        tiny("llama"),
+        complete("linear", {}),
+        [0.8, -0.3],
+        sought=Sought(section, [], {"a": task}, {"a": task.rows["validation"]}),
+        labels=LABELS,
+        sources=LABELS,
+        statistics=None,
+        seed=0,
+    )
+    weights = torch.tensor(bench.problem.start, dtype=torch.float64).view(2, -1).requires_grad_()
+    loss = bench.slope(weights, 0)
+    assert weights.grad is not None and bool(weights.grad.abs().min() > 0)
+    assert bench.try_out(bench.problem.start).value == pytest.approx(loss, rel=1e-5)

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from cfm_train.backbone.load import Backbone
+from cfm_train.config.searching import methods
 from cfm_train.launch.cli import main
 from cfm_train.library.store import Library
 from tests.backbones import folder, section, tiny
@@ -71,6 +72,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def backbone(trained: Path) -> Backbone:
     return tiny("bert")
+
+
+def test_every_search_is_run_here() -> None:
+    assert set(FEW) == set(methods())
 
 
 @pytest.mark.slow
