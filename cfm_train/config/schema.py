@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 
 from cfm_train.config.merging import Merging, ModelMerging
+from cfm_train.config.searching import Searching
 from cfm_train.config.section import Section
 from cfm_train.config.types import (
     Count,
@@ -201,6 +202,10 @@ class Merge(Run):
     bricks: list[str]
     weights: list[float | list[float]] | None
     merge: Merging
+    search: Searching
+    tasks: list[str]
+    data: EvaluationData
+    evaluation: Evaluation
 
 
 class MergeModels(Run):

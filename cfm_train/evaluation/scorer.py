@@ -48,6 +48,7 @@ class Body:
         identity: decides what it computes: a version, or a hash of the configuration and tensors.
         role: the kind of row it makes: ``brick``, ``merged``, ``ceiling`` or ``floor``.
         tree: the configuration, versions pinned; None for the bare backbone.
+        note: what has to be said wherever its figures are shown; None for nothing.
     """
 
     label: str
@@ -55,6 +56,7 @@ class Body:
     identity: str
     role: str
     tree: Expression | None = None
+    note: str | None = None
 
 
 #: The frozen backbone alone.
@@ -106,6 +108,8 @@ class Scored:
             "head": self.head,
             "key": self.key,
         }
+        if self.body.note is not None:
+            cell["note"] = self.body.note
         return cell if self.source is None else {**cell, "source": self.source}
 
 

@@ -64,6 +64,9 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
             metrics |= {f"{start}{k}": v for k, v in figures_of(scored).items()}
         if config["evaluation"]["head_only"]:
             matrix += cells_of(floor(scene.scorer, tasks))
+        for body in scene.bodies:
+            if body.note is not None:
+                print(f"{body.label} {body.note}")
         record = scene.record(inputs.selection, folder)
         wandb.table("matrix", *cells(matrix))
         wandb.summary({name: figure["value"] for name, figure in metrics.items()})

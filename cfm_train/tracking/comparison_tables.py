@@ -13,7 +13,7 @@ Json = Mapping[str, Any]
 
 _ENDS = ("value", "low", "high")
 #: Columns of a table of cells.
-CELL = ("brick", "task", "metric", "value", "low", "high", "n", "role", "head", "source")
+CELL = ("brick", "task", "metric", "value", "low", "high", "n", "role", "head", "source", "note")
 
 
 def send(

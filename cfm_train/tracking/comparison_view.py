@@ -67,7 +67,7 @@ def comparison_view(
             "card": _card(brick, folder),
             "parts": [{**part, "card": _card(part, folder)} for part in row["parts"]],
             "chosen_on": row["chosen_on"] or search.get("chosen_on"),
-            "adapts_on_test_inputs": bool(search.get("adapts_on_test_inputs")),
+            "search_note": search.get("note"),
         })  # fmt: skip
     winner = found["winner"]
     if winner is not None:

@@ -74,6 +74,8 @@ def matrix_view(
             {"label": name, "brick": cell["brick"], "role": cell["role"], "cells": {}, "runs": []},
         )
         row["runs"] = list(dict.fromkeys([*row["runs"], at]))
+        if cell.get("note"):
+            row["note"] = cell["note"]
         column = columns.index((cell["task"], cell["metric"]))
         other = row["cells"].get(column)
         if other is None or (cell["role"] not in COMPETES and _better(cell, other)):

@@ -51,6 +51,8 @@ def matrix_table(cells: Sequence[Mapping[str, Any]], *, plain: bool = False) -> 
         name = Text(row["label"])
         if _SECTIONS[role]:
             name.append(f" ({_SECTIONS[role]})", "dim")
+        if row.get("note"):
+            name.append(f" ({row['note']})", "dim")
         texts = []
         for task, cell, best in zip(matrix["tasks"], row["cells"], matrix["best"], strict=True):
             wins = best == number and rivals > 1

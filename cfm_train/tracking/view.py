@@ -21,6 +21,7 @@ from cfm_train.tracking.matrix_view import (
     matrix_view,
 )
 from cfm_train.tracking.metrics_file import MetricsFile
+from cfm_train.tracking.search_view import searches
 
 Json = dict[str, Any]
 
@@ -36,8 +37,8 @@ def view(records: Sequence[Mapping[str, Any]], folder: Path) -> Json:
         folder: where the page will lie: links are relative to it.
 
     Returns:
-        JSON-ready: runs, matrix, headline, checks, curves, costs, lineage, samples; and of a
-        comparison itself and the matrix with refitted heads.
+        JSON-ready: runs, matrix, headline, checks, curves, costs, searches, lineage, samples; and of
+        a comparison itself and the matrix with refitted heads.
     """
     labels = distinct_labels([record["name"] for record in records], records)
     runs = [_run(at, r, labels[at], folder) for at, r in enumerate(records)]
@@ -65,6 +66,7 @@ def view(records: Sequence[Mapping[str, Any]], folder: Path) -> Json:
         **shown,
         "checks": _checks(records),
         "curves": _curves(records, labels, folder),
+        "searches": searches(records, labels),
         "lineage": lineage(records, folder),
         "samples": [{"run": at, **s} for at, r in enumerate(records) for s in r["samples"]],
         "lower_is_better": sorted(LOWER_IS_BETTER),

@@ -279,3 +279,39 @@ def compared(out: Path) -> list[Record]:
         comparison=comparison,
     )  # fmt: skip
     return [record, *trained_bricks]
+
+
+def found(out: Path, name: str = "tuned", *, adapts: bool = False) -> Record:
+    """A merge of two bricks whose weights and λ were found; or adapted on test inputs."""
+    say = "adapts on test inputs" if adapts else None
+    axes = ["weight of topic", "weight of intent", "scale"]
+    trials = []
+    for at in range(27):
+        point = [(0.0, 0.5, 1.0)[at // 9], (0.0, 0.5, 1.0)[at // 3 % 3], (0.3, 1.0, 2.0)[at % 3]]
+        value = 0.9 - sum((x - best) ** 2 for x, best in zip(point, (0.5, 1, 1), strict=True)) / 8
+        trials.append({
+            "point": dict(zip(axes, point, strict=True)), "value": 1 - value if adapts else value,
+            "scores": {"topic": value, "intent": value}, "penalty": 0.0,
+        })  # fmt: skip
+    cells = [cell(name, task, TASKS[task][0] - 0.02, "merged") for task in ("topic", "intent")]
+    return new_record(
+        operation="merge",
+        recipe="merge/task_arithmetic",
+        name=name,
+        seed=0,
+        config_hash=f"{abs(hash_of(name)):064x}",
+        brick={"name": name, "version": "0a" * 6, "path": str(out), "parents": []},
+        matrix=[{**one, "note": say} if say else one for one in cells],
+        search={
+            "method": "adamerging" if adapts else "grid",
+            "objective": "entropy" if adapts else "metric",
+            "chosen_on": "test inputs" if adapts else "validation",
+            "note": say,
+            "lower_is_better": adapts,
+            "rows": {"topic": 200, "intent": 200},
+            "axes": axes,
+            "trials": trials,
+            "chosen": next(i for i, one in enumerate(trials) if list(one["point"].values())
+                           == [0.5, 1.0, 1.0]),
+        },
+    )  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from browser import Browser, find_chromium
-from demo_records import TASKS, cell, compared, figure, quickstart, trained
+from demo_records import TASKS, cell, compared, figure, found, quickstart, trained
 
 from cfm_train.tracking.dashboard import as_script_json, draw
 from cfm_train.tracking.record import Record, new_record
@@ -106,6 +106,7 @@ SETS = {
     "one run": lambda out: [trained(out, "topic")],
     "many": many,
     "language": language,
+    "found weights": lambda out: [found(out), found(out, "adapted", adapts=True)],
     "none": lambda out: [],
 }
 
@@ -272,11 +273,11 @@ def test_a_comparison_shows_the_figures_of_its_record(
 def test_how_weights_were_found_is_told(browser: Browser, drawn: Draw, tmp_path: Path) -> None:
     """From the ``search`` of the run that made the brick."""
     records = compared(tmp_path)
-    records[1]["search"] = {"chosen_on": "validation", "adapts_on_test_inputs": True, "tried": [1]}
+    records[1]["search"] = found(tmp_path, adapts=True)["search"]
     page, _ = drawn(records)
     browser.open(page, width=1280)
     row = browser.run("document.querySelector('#bricks tbody tr').textContent")
-    assert "chosen on validation" in row and "adapts on test inputs" in row
+    assert "chosen on test inputs" in row and "adapts on test inputs" in row
     ranked = browser.run("document.querySelector('#ranking').textContent")
     assert ranked.count("adapts on test inputs") == 1
 
@@ -437,6 +438,38 @@ def test_a_cell_names_whose_head_answered(browser: Browser, drawn: Draw, tmp_pat
         told.append(browser.run("document.getElementById('tip').textContent"))
     own, other = list(TASKS)[:2]
     assert "headits own" in told[0] and f"headthat of {other}" in told[1], (own, told)
+
+
+def test_found_weights_say_what_they_were_chosen_on(
+    browser: Browser, drawn: Draw, tmp_path: Path
+) -> None:
+    """A curve over each number with the point that was taken; what adapts on test says so."""
+    records = [found(tmp_path), found(tmp_path, "adapted", adapts=True)]
+    page, data = drawn(records)
+    browser.open(page, width=1280)
+    assert browser.messages == []
+    chosen = browser.run(
+        "[...document.querySelectorAll('#searches .chosen')].map((c) => [+c.dataset.x, "
+        "+c.dataset.value])"
+    )
+    expected = []
+    for record in records:
+        search = record["search"]
+        best = search["trials"][search["chosen"]]
+        expected += [[x, best["value"]] for x in best["point"].values()]
+        assert best["value"] == (min if search["lower_is_better"] else max)(
+            one["value"] for one in search["trials"]
+        )
+    assert chosen == expected
+    # A line through the best of each value, the other numbers being what they like.
+    assert data["searches"][0]["axes"][2]["line"][1] == [1.0, 0.9]
+    said = browser.run("[...document.querySelectorAll('#searches p')].map((p) => p.textContent)")
+    assert "chosen on validation by metric (grid, trial 17 of 27: 90), reported on test." in said[0]
+    assert "chosen on test inputs by entropy" in said[2] and "do not compare" in said[2]
+    rows = browser.run(
+        "[...document.querySelectorAll('.heat tbody th[scope=row]')].map((th) => th.textContent)"
+    )
+    assert rows == ["tuned", "adaptedadapts on test inputs"]
 
 
 def test_hostile_texts_stay_texts(browser: Browser, drawn: Draw, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ function drawHeadline() {
         return html("div", {},
           html("div", { class: "each-head" }, html("h3", {}, task),
             html("b", {}, score(entry.figure.value, metric) + unit(metric))),
-          html("div", { class: "dim small" }, `${entry.label}${entry.of > 1 ? `, best of ${entry.of}` : ""} · ${words(metric)}, 95 % ${range(entry.figure, metric)}`),
+          html("div", { class: "dim small" }, `${entry.label}${DATA.matrix.rows[entry.row].note ? ` (${DATA.matrix.rows[entry.row].note})` : ""}${entry.of > 1 ? `, best of ${entry.of}` : ""} · ${words(metric)}, 95 % ${range(entry.figure, metric)}`),
           drawnIn(html("div", {}), (width) => bullet(entry, metric, width)));
       })));
     return;
@@ -110,6 +110,7 @@ function drawHeadline() {
     html("div", {},
       html("p", { class: "eyebrow" }, alone ? "Result" : `Winner of ${head.of}`),
       html("p", { class: "winner" }, head.label),
+      DATA.matrix.rows[head.row].note ? html("p", { class: "note" }, DATA.matrix.rows[head.row].note) : null,
       html("div", { class: "big" }, html("b", { "data-value": head.figure.value }, score(head.figure.value, metric) + unit(metric)), gain(head, metric)),
       html("p", { class: "dim" }, `${head.by === "normalised" ? "share of each task’s individual brick" : words(metric)}, ${tasksOf(head.columns)}, on test rows · 95 % interval ${range(head.figure, metric)} · ${head.figure.n} ${head.seeds ? "seeds" : "test examples"}`),
       drawnIn(html("div", {}), (width) => bullet(head, metric, width)), marginNote(head, metric)),

@@ -98,7 +98,8 @@ function matrixTable(matrix, over) {
     }
     const notes = [row.label === row.brick ? null : row.label.slice(row.brick.length + 3), row.passed_over ? "not chosen on validation" : null].filter(Boolean);
     body.append(html("tr", { class: BOUND.has(role) ? "bound" : row.part || row.passed_over ? "part" : "" },
-      html("th", { scope: "row" }, COMPARISON ? nameOf(row.brick) : row.brick, notes.length ? html("small", {}, notes.join(" · ")) : null),
+      html("th", { scope: "row" }, COMPARISON ? nameOf(row.brick) : row.brick, notes.length ? html("small", {}, notes.join(" · ")) : null,
+        row.note ? html("small", { class: "said" }, row.note) : null),
       tasks.map((_, at) => heatCell(matrix, row, number, at, scales)), means ? meanCell(row, metric) : null));
   });
   const floor = rows.some((row) => row.role === "floor");

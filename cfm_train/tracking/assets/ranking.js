@@ -12,7 +12,7 @@ function nameOf(label) {
 /** How the weights of a row were found, where a record says so. */
 function searchNote(row) {
   return [row.chosen_on ? `chosen on ${row.chosen_on}` : null,
-    row.adapts_on_test_inputs ? "adapts on test inputs" : null].filter(Boolean);
+    row.search_note].filter(Boolean);
 }
 
 function rankingEntries(by) {
