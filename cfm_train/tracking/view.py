@@ -37,8 +37,8 @@ def view(records: Sequence[Mapping[str, Any]], folder: Path) -> Json:
         folder: where the page will lie: links are relative to it.
 
     Returns:
-        JSON-ready: runs, matrix, headline, checks, curves, costs, searches, lineage, samples; and of
-        a comparison itself and the matrix with refitted heads.
+        JSON-ready: runs, matrix, headline, checks, curves, costs, searches, lineage, samples; and
+        of a comparison itself and the matrix with refitted heads.
     """
     labels = distinct_labels([record["name"] for record in records], records)
     runs = [_run(at, r, labels[at], folder) for at, r in enumerate(records)]
