@@ -27,9 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 PAIRS = (("tense", "claim"), ("tone", "request"), ("claim", "tone"))
 TASKS = ("tense", "claim", "tone", "request")
-#: The sites of LoRA are as wide as their input, so that all modes take them.
+#: The sites of LoRA are as wide as their input, so that all modes take them. Its scale, 13 / 8, is
+#: no power of two, so that moving it into a factor rounds.
 KINDS = {
-    "lora": ["brick=lora", "brick.sites=[attn.q,attn.k,attn.v,attn.o]"],
+    "lora": ["brick=lora", "brick.sites=[attn.q,attn.k,attn.v,attn.o]", "brick.alpha=13"],
     "pfeiffer": ["brick=pfeiffer"],
     "houlsby": ["brick=houlsby"],
 }

@@ -179,9 +179,9 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
         wandb.artifact(card.name, "bridge", inputs.library.folder(card), {"version": card.version})
         wandb.summary({name: figure["value"] for name, figure in figures.items()})
     print(f"{card.ref} = {card.expression}, ridge {fit.ridge:g}")
-    for name in [n for n in figures if n.startswith(("penalty/", "order effect/"))]:
-        one = figures[name]
-        print(f"{name}: {one['value']:.4f} [{one['low']:.4f}, {one['high']:.4f}]")
+    for name, figure in figures.items():
+        if name.startswith(("penalty/", "order effect/")):
+            print(f"{name}: {figure['value']:.4f} [{figure['low']:.4f}, {figure['high']:.4f}]")
     return {
         "brick": {
             "name": card.name,

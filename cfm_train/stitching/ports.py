@@ -169,7 +169,7 @@ def check_parts(
         _check_same_sites(mode, parts)
     if mode.tokens:  # a soft prompt and a prefix act on different sites, two prefixes must not
         for port in VIRTUAL:
-            _check_same_sites(mode, [at for part in parts if (at := part.at(port)).places])
+            _check_same_sites(mode, [there for part in parts if (there := part.at(port)).places])
     by_module: dict[str, list[tuple[int, Place]]] = {}
     for number, part in enumerate(parts):
         for place in part.places:
