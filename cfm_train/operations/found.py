@@ -19,10 +19,10 @@ from cfm_train.evaluation.scorer import Body, Scorer
 from cfm_train.evaluation.shelf import Shelf
 from cfm_train.merging.search.search import Search, lower
 from cfm_train.operations.bench import Bench, Tried
-from cfm_train.operations.evaluate import table_of
 from cfm_train.operations.selection import Selection
 from cfm_train.operations.sought import Sought
 from cfm_train.paths import cache_dir
+from cfm_train.tracking.comparison_tables import cells
 from cfm_train.tracking.metrics_file import MetricsFile
 
 if TYPE_CHECKING:
@@ -212,6 +212,6 @@ def report(
     )
     scored = row(scorer, body, list(sought.tasks), {})
     matrix, metrics = cells_of(scored), figures_of(scored)
-    wandb.table("matrix", *table_of(matrix))
+    wandb.table("matrix", *cells(matrix))
     wandb.summary({name: figure["value"] for name, figure in metrics.items()})
     return Reported(metrics, matrix, scorer.shelf.write(folder))
