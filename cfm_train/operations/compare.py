@@ -87,6 +87,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     from cfm_train.evaluation.scorer import BARE
     from cfm_train.evaluation.shelf import Shelf
     from cfm_train.operations.compared import Compared
+    from cfm_train.operations.comparison import comparison, lines
     from cfm_train.operations.scene import open_scene
     from cfm_train.operations.setting import tracked
     from cfm_train.tracking.comparison_tables import send
@@ -101,12 +102,12 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
         if config["evaluation"]["head_only"]:
             rows[BARE.label] = floor(scorer, tasks)
         compared = Compared(scene, inputs, rows, drawn_with)
-        comparison = compared.comparison()
+        found = comparison(compared)
         second = []
         if config["refit"]:
             for body in compared.shown():
                 second += refitted(scorer, body, tasks)
-        comparison["reused"] = {"found": scorer.found, "made": scorer.made}
+        found["reused"] = {"found": scorer.found, "made": scorer.made}
         record = scene.record(inputs.selection, folder)
         matrix = [cell for scored in rows.values() for cell in cells_of(scored, mark=False)]
         again = [one.cell() for one in second]
@@ -116,16 +117,16 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
             if label != BARE.label
             for key, figure in figures_of(scored).items()
         }
-        send(wandb, matrix, again, comparison)
+        send(wandb, matrix, again, found)
         wandb.summary({name: figure["value"] for name, figure in metrics.items()})
-    for line in compared.lines(comparison):
+    for line in lines(compared, found):
         print(line)
     return {
         **record,
         "metrics": metrics,
         "matrix": matrix,
         **({"refitted": again} if again else {}),
-        "comparison": comparison,
+        "comparison": found,
         "wandb": wandb.as_record(),
         "drawn_with": [str(path) for path in drawn_with],
     }
