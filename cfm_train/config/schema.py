@@ -1,156 +1,37 @@
 """One typed schema for each operation: which keys a run has and what may stand in them.
 
 Strict: an unknown key, a missing one or a value of another type is an error. No defaults here, they
-stand in ``conf/`` alone. A key whose type is a plain ``str`` is free text (see `quoting`).
+stand in ``conf/`` alone. What runs are made of stands in `sections`. A key whose type is a plain
+``str`` is free text (see `quoting`).
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from cfm_train.config.merging import Merging, ModelMerging
 from cfm_train.config.searching import Searching
 from cfm_train.config.section import Section
-from cfm_train.config.types import (
-    Count,
-    Fraction,
-    NonNegative,
-    Positive,
-    Rate,
-    Share,
-    Text,
+from cfm_train.config.sections import (
+    SHA256,
+    Backbone,
+    Brick,
+    Calibration,
+    Data,
+    Evaluation,
+    EvaluationData,
+    PredictionData,
+    Tracking,
+    Trainer,
 )
+from cfm_train.config.types import Count, Positive
 
 NAME = r"^[^/\\\x00-\x1f]+$"
-SHA256 = "^[0-9a-f]{64}$"
 
 #: What a pattern means, for the person whose text does not fit it.
 PATTERNS = {NAME: "a name without slashes", SHA256: "64 hexadecimal digits"}
-
-
-class Tracking(Section):
-    """Where a run is logged."""
-
-    mode: Literal["auto", "offline", "online", "disabled"]
-    project: str
-    group: str | None
-    tags: list[str]
-
-
-class Backbone(Section):
-    """A frozen model: an installed package, a local folder or a Hub id."""
-
-    id: str | None
-    package: str | None
-    path: str | None
-    revision: str | None
-    sha256: Annotated[str, Field(pattern=SHA256)] | None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"]
-
-
-class Brick(Section):
-    """What every brick kind has; its own parameters are added from its class (see `signature`)."""
-
-    model_config = ConfigDict(extra="allow")
-
-    kind: Literal["?"]  # replaced by the kinds that exist
-    learning_rate: Rate
-
-
-class Splits(Section):
-    """What the splits of a Hub data set are called."""
-
-    train: str | None
-    validation: str | None
-    test: str | None
-
-
-class Data(Section):
-    """One task: where its rows are, which columns they have, how they are read.
-
-    ``limit`` cuts the training rows alone: figures stay those of the whole validation and test
-    splits.
-    """
-
-    name: str
-    task: Literal[
-        "classification", "multilabel", "regression", "token", "causal", "instruct", "seq2seq"
-    ]
-    train: str | None
-    validation: str | None
-    test: str | None
-    root: str | None
-    hub: str | None
-    subset: str | None
-    revision: str | None
-    hub_splits: Splits
-    hub_columns: dict[str, str | list[str]] | None
-    hub_labels: list[str] | None
-    text: str | list[str] | None
-    label: str | list[str] | None
-    target: str | None
-    system: str | None
-    messages: str | None
-    labels: list[str] | list[int] | None
-    metric: str | None
-    max_length: Positive
-    target_max_length: Positive
-    pack: bool
-    unit: Literal["line", "paragraph", "file"]
-    validation_fraction: Share
-    test_fraction: Share
-    bad_rows: Literal["stop", "skip"]
-    limit: Positive | None
-    tasks: list[str] | None
-    mixture: NonNegative
-
-
-class Trainer(Section):
-    """How long and how fast a brick is trained."""
-
-    learning_rate: Rate
-    epochs: Positive
-    max_steps: Positive | None
-    tokens_per_batch: Positive
-    rows_per_batch: Positive
-    accumulate: Positive
-    warmup: Fraction
-    schedule: Literal["linear", "cosine", "constant"]
-    weight_decay: NonNegative
-    clip: NonNegative
-    divergence: Rate
-    precision: Literal["auto", "float32", "bfloat16"]
-    validate_every: Positive | None
-    patience: Positive | None
-    checkpoint_every: Positive | None
-    find_learning_rate: bool
-    deterministic: bool
-    threads: Positive | None
-    samples: Count
-
-
-class Evaluation(Section):
-    """How a brick is judged."""
-
-    bootstrap: Positive
-    head_only: bool
-
-
-class EvaluationData(Section):
-    """What the tasks of an evaluation share; the rest of each stands in its own YAML."""
-
-    root: str | None
-    limit: Positive | None
-
-
-class PredictionData(Section):
-    """The rows to predict."""
-
-    input: str
-    task: str | None
-    text: str | list[str] | None
 
 
 class Run(Section):
@@ -231,14 +112,6 @@ class StitchLayers(Run):
     out: str
 
 
-class Calibration(Section):
-    """What a bridge between two models is fitted on before any training."""
-
-    tokens: Positive
-    cka_tokens: Positive
-    ridge: list[NonNegative]
-
-
 class StitchBridge(Run):
     """Put bottom layers of one model under top layers of another, through a linear bridge."""
 
@@ -302,5 +175,3 @@ OPERATIONS: dict[str, type[Run]] = {
     "compare": Compare,
     "sequence": Sequence,
 }
-
-__all__ = ["OPERATIONS", "Brick", "Run", "Section", "Text"]

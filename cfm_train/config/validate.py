@@ -14,7 +14,9 @@ from pydantic_core import ErrorDetails
 from cfm_train.config import merging, schema, searching, signature
 from cfm_train.config.free_text import text_kind
 from cfm_train.config.quoting import TextKind
+from cfm_train.config.section import Section
 from cfm_train.config.sentences import value
+from cfm_train.config.types import Rate
 from cfm_train.errors import UserError, nearest
 
 MISSING = "???"
@@ -101,12 +103,12 @@ def model_of(config: Mapping[str, Any]) -> type[schema.Run]:
 
 
 @functools.cache
-def brick_model(kind: str) -> type[schema.Section]:
+def brick_model(kind: str) -> type[Section]:
     """The schema of one brick kind, made from the arguments of its class."""
-    fields: dict[str, Any] = {"kind": (Literal[kind], ...), "learning_rate": (schema.Rate, ...)}
+    fields: dict[str, Any] = {"kind": (Literal[kind], ...), "learning_rate": (Rate, ...)}
     for name, annotation in signature.arguments("bricks", kind, "Brick").items():
         fields[name] = (annotation, ...)
-    return create_model(f"Brick_{kind}", __base__=schema.Section, **fields)
+    return create_model(f"Brick_{kind}", __base__=Section, **fields)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from cfm_train import paths
-from cfm_train.config import schema, searching, signature
+from cfm_train.config import schema, searching, sections, signature
 from cfm_train.config.catalogue import groups, recipes
 from cfm_train.config.compose import as_yaml, compose, expand, option
 from cfm_train.config.merging import ROOMS, Merging, complete, methods, own_arguments
@@ -29,11 +29,11 @@ GIVEN = {
     "backbone.path": "folder",
 }
 SECTIONS = {
-    "backbone": schema.Backbone,
-    "data": schema.Data,
-    "trainer": schema.Trainer,
-    "evaluation": schema.Evaluation,
-    "tracking": schema.Tracking,
+    "backbone": sections.Backbone,
+    "data": sections.Data,
+    "trainer": sections.Trainer,
+    "evaluation": sections.Evaluation,
+    "tracking": sections.Tracking,
 }
 OPTIONS = [(group, name) for group, options in groups().items() for name in options]
 

@@ -11,7 +11,7 @@ import pytest
 
 from cfm_train.config.catalogue import groups, recipes
 from cfm_train.config.compose import compose, option
-from cfm_train.config.schema import Data
+from cfm_train.config.sections import Data
 from cfm_train.data.sources import check, check_all
 
 REAL = [

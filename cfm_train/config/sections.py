@@ -1,0 +1,147 @@
+"""The sections that runs are made of: which keys each has and what may stand in them.
+
+Strict, as all of `schema`. No defaults here, they stand in ``conf/`` alone. The sections of merges
+and searches have files of their own (`merging`, `searching`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+
+from cfm_train.config.section import Section
+from cfm_train.config.types import Count, Fraction, NonNegative, Positive, Rate, Share
+
+SHA256 = "^[0-9a-f]{64}$"
+
+
+class Tracking(Section):
+    """Where a run is logged."""
+
+    mode: Literal["auto", "offline", "online", "disabled"]
+    project: str
+    group: str | None
+    tags: list[str]
+
+
+class Backbone(Section):
+    """A frozen model: an installed package, a local folder or a Hub id."""
+
+    id: str | None
+    package: str | None
+    path: str | None
+    revision: str | None
+    sha256: Annotated[str, Field(pattern=SHA256)] | None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class Brick(Section):
+    """What every brick kind has; its own parameters are added from its class (see `signature`)."""
+
+    model_config = ConfigDict(extra="allow")
+
+    kind: Literal["?"]  # replaced by the kinds that exist
+    learning_rate: Rate
+
+
+class Splits(Section):
+    """What the splits of a Hub data set are called."""
+
+    train: str | None
+    validation: str | None
+    test: str | None
+
+
+class Data(Section):
+    """One task: where its rows are, which columns they have, how they are read.
+
+    ``limit`` cuts the training rows alone: figures stay those of the whole validation and test
+    splits.
+    """
+
+    name: str
+    task: Literal[
+        "classification", "multilabel", "regression", "token", "causal", "instruct", "seq2seq"
+    ]
+    train: str | None
+    validation: str | None
+    test: str | None
+    root: str | None
+    hub: str | None
+    subset: str | None
+    revision: str | None
+    hub_splits: Splits
+    hub_columns: dict[str, str | list[str]] | None
+    hub_labels: list[str] | None
+    text: str | list[str] | None
+    label: str | list[str] | None
+    target: str | None
+    system: str | None
+    messages: str | None
+    labels: list[str] | list[int] | None
+    metric: str | None
+    max_length: Positive
+    target_max_length: Positive
+    pack: bool
+    unit: Literal["line", "paragraph", "file"]
+    validation_fraction: Share
+    test_fraction: Share
+    bad_rows: Literal["stop", "skip"]
+    limit: Positive | None
+    tasks: list[str] | None
+    mixture: NonNegative
+
+
+class Trainer(Section):
+    """How long and how fast a brick is trained."""
+
+    learning_rate: Rate
+    epochs: Positive
+    max_steps: Positive | None
+    tokens_per_batch: Positive
+    rows_per_batch: Positive
+    accumulate: Positive
+    warmup: Fraction
+    schedule: Literal["linear", "cosine", "constant"]
+    weight_decay: NonNegative
+    clip: NonNegative
+    divergence: Rate
+    precision: Literal["auto", "float32", "bfloat16"]
+    validate_every: Positive | None
+    patience: Positive | None
+    checkpoint_every: Positive | None
+    find_learning_rate: bool
+    deterministic: bool
+    threads: Positive | None
+    samples: Count
+
+
+class Evaluation(Section):
+    """How a brick is judged."""
+
+    bootstrap: Positive
+    head_only: bool
+
+
+class EvaluationData(Section):
+    """What the tasks of an evaluation share; the rest of each stands in its own YAML."""
+
+    root: str | None
+    limit: Positive | None
+
+
+class PredictionData(Section):
+    """The rows to predict."""
+
+    input: str
+    task: str | None
+    text: str | list[str] | None
+
+
+class Calibration(Section):
+    """What a bridge between two models is fitted on before any training."""
+
+    tokens: Positive
+    cka_tokens: Positive
+    ridge: list[NonNegative]
