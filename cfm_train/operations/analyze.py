@@ -14,7 +14,7 @@ from cfm_train.data.sources import Checked
 from cfm_train.errors import UserError
 from cfm_train.merging.sidecars import FACTS, TENSORS
 from cfm_train.operations.selection import Selection, agree, find_tasks, own_sections, select
-from cfm_train.tracking.wandb_run import resolve_mode
+from cfm_train.tracking.wandb_setting import resolve_mode
 
 
 @dataclass(frozen=True)

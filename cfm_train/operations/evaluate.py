@@ -8,7 +8,7 @@ from typing import Any
 
 from cfm_train.data.sources import Checked, data_fingerprints
 from cfm_train.operations.selection import Selection, agree, find_tasks, select
-from cfm_train.tracking.wandb_run import resolve_mode
+from cfm_train.tracking.wandb_setting import resolve_mode
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from cfm_train.merging.weights import check_filters, check_matched, check_weight
 from cfm_train.operations.selection import Selection, select
 from cfm_train.operations.sought import Sought
 from cfm_train.operations.sought import check as check_search
-from cfm_train.tracking.wandb_run import resolve_mode
+from cfm_train.tracking.wandb_setting import resolve_mode
 
 #: Kinds that stand for a configuration: what they are made of decides.
 COMPOSED = frozenset({"stitch"})

@@ -29,7 +29,7 @@ from cfm_train.merging.models.sources import Model, Plan, open_model, plan
 from cfm_train.merging.sidecars import needed_by
 from cfm_train.merging.weights import Weights, check_filters, check_weights
 from cfm_train.operations.made_backbone import parents_of, store_backbone
-from cfm_train.tracking.wandb_run import resolve_mode
+from cfm_train.tracking.wandb_setting import resolve_mode
 
 if TYPE_CHECKING:
     from cfm_train.merging.models.task import Task

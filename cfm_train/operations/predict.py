@@ -13,7 +13,7 @@ from cfm_train.data.sources import fingerprint, read_inputs
 from cfm_train.data.tasks import GENERATIVE, TaskSpec, make_spec
 from cfm_train.errors import UserError, nearest
 from cfm_train.operations.selection import Selection, own_sections, select
-from cfm_train.tracking.wandb_run import resolve_mode
+from cfm_train.tracking.wandb_setting import resolve_mode
 
 if TYPE_CHECKING:
     from cfm_train.backbone.load import Backbone

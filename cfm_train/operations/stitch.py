@@ -21,7 +21,7 @@ from cfm_train.library.card import check_name
 from cfm_train.operations.selection import Selection, agree, find_tasks, select
 from cfm_train.stitching.cards import check_fold, check_heads, check_trees
 from cfm_train.stitching.mode import mode_of
-from cfm_train.tracking.wandb_run import resolve_mode
+from cfm_train.tracking.wandb_setting import resolve_mode
 
 
 @dataclass(frozen=True)

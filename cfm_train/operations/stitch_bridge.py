@@ -22,7 +22,7 @@ from cfm_train.library.card import check_name
 from cfm_train.library.store import Library
 from cfm_train.operations import trained
 from cfm_train.stitching.layers.sources import Source, open_source
-from cfm_train.tracking.wandb_run import resolve_mode
+from cfm_train.tracking.wandb_setting import resolve_mode
 
 
 @dataclass(frozen=True)

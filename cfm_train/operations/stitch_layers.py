@@ -24,7 +24,7 @@ from cfm_train.library.store import Library
 from cfm_train.operations.made_backbone import parents_of, store_backbone
 from cfm_train.stitching.layers.sources import Slice, read_slices
 from cfm_train.stitching.layers.writing import write_backbone
-from cfm_train.tracking.wandb_run import resolve_mode
+from cfm_train.tracking.wandb_setting import resolve_mode
 
 STITCH_FILE = "stitch.json"
 

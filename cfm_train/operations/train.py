@@ -18,7 +18,7 @@ from cfm_train.library.card import check_name
 from cfm_train.library.store import Library
 from cfm_train.operations import trained
 from cfm_train.tracking.comparison_tables import cells
-from cfm_train.tracking.wandb_run import resolve_mode
+from cfm_train.tracking.wandb_setting import resolve_mode
 
 if TYPE_CHECKING:
     from cfm_train.backbone.load import Backbone

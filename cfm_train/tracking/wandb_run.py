@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import subprocess
 import sys
 import uuid
@@ -26,43 +25,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from cfm_train.errors import UserError, nearest
 from cfm_train.tracking.atomic import replace_file
 from cfm_train.tracking.metrics_file import MetricsFile
+from cfm_train.tracking.wandb_setting import Mode, inside, resolve_mode, settings
 
-Mode = Literal["offline", "online", "disabled"]
-
-_MODES = ("auto", "offline", "online", "disabled")
 _LOG = logging.getLogger(__name__)
-
-
-def resolve_mode(mode: str) -> Mode:
-    """What ``tracking.mode`` means on this machine.
-
-    Args:
-        mode: ``auto``, ``offline``, ``online`` or ``disabled``; ``auto`` follows ``WANDB_MODE``
-            where that is set, else it is online where ``WANDB_API_KEY`` is set, else offline.
-
-    Returns:
-        The mode to run in.
-
-    Raises:
-        UserError: the mode is unknown, or online without a key.
-    """
-    if mode not in _MODES:
-        raise UserError(f"tracking.mode: there is no mode {mode!r}.{nearest(mode, _MODES)}")
-    key = bool(os.environ.get("WANDB_API_KEY"))
-    if mode == "online" and not key:
-        raise UserError(
-            "tracking.mode: online needs WANDB_API_KEY in the environment; set it, or use offline."
-        )
-    if mode == "auto":
-        mode = os.environ.get("WANDB_MODE") or ("online" if key else "offline")
-        if mode not in _MODES[1:]:
-            raise UserError(
-                f"WANDB_MODE: there is no mode {mode!r} here.{nearest(mode, _MODES[1:])}"
-            )
-    return mode  # type: ignore[return-value]
 
 
 class WandbRun:
@@ -225,17 +192,6 @@ class WandbRun:
     def _start(self, job_type: str, tags: Sequence[str], config: Mapping[str, Any]) -> Any:
         import wandb
 
-        settings = wandb.Settings(
-            silent=True,
-            console="off",  # the terminal is the run's own; W&B would put pipes around it
-            save_code=False,
-            disable_git=True,
-            symlink=False,  # a run folder can be copied
-            init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", 20)),
-            x_save_requirements=False,  # the record holds the versions
-            x_transaction_log_flush_interval=1.0,  # a SIGKILL loses a second, not fifteen
-        )
-
         def init(mode: Mode) -> Any:
             return wandb.init(
                 project=self.project,
@@ -249,7 +205,7 @@ class WandbRun:
                 mode=mode,
                 resume="allow" if mode == "online" else None,
                 reinit="create_new",  # two runs in one process stay apart
-                settings=settings,
+                settings=settings(),
             )
 
         if self.mode == "online":
@@ -290,7 +246,7 @@ class WandbRun:
     def _guarded(self, what: str, *, fatal: bool = False) -> Iterator[None]:
         """Turns a failure of W&B into a warning, and into an inactive run where it is fatal."""
         try:
-            with self._inside():
+            with inside(self.folder):
                 yield
         except Exception as error:  # whatever W&B throws
             self.error = f"could not {what}: {type(error).__name__} {error}".strip()
@@ -298,22 +254,3 @@ class WandbRun:
             _LOG.warning(
                 "W&B %s. Training goes on; metrics.jsonl and the record are complete.", self.error
             )
-
-    @contextmanager
-    def _inside(self) -> Iterator[None]:
-        """Points all that W&B writes into the run folder, and keeps it silent, for one call."""
-        folder = str(self.folder / "wandb")
-        wanted = dict.fromkeys(
-            ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_ARTIFACT_DIR"), folder
-        )
-        wanted |= {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
-        before = {name: os.environ.get(name) for name in wanted}  # a person's own, put back below
-        os.environ.update(wanted)
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value

@@ -16,7 +16,8 @@ import pytest
 
 from cfm_train.errors import UserError
 from cfm_train.tracking.metrics_file import MetricsFile
-from cfm_train.tracking.wandb_run import WandbRun, resolve_mode
+from cfm_train.tracking.wandb_run import WandbRun
+from cfm_train.tracking.wandb_setting import resolve_mode
 
 ROOT = Path(__file__).resolve().parents[2]
 
