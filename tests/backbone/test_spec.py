@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -154,12 +153,15 @@ def test_a_pin_needs_one_file(model: Path) -> None:
         local(model, sha256="0" * 64)
 
 
-def test_a_hub_model_that_is_not_here_is_one_sentence_and_quick() -> None:
+def test_a_hub_model_that_is_not_here_is_one_sentence_and_asks_nobody(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """The tests run with the Hub switched off, as on a machine without network."""
-    start = time.monotonic()
+    asked: list[object] = []
+    monkeypatch.setattr("socket.socket.connect", lambda _, place: asked.append(place))
     with pytest.raises(UserError, match=r"nobody/nothing' is no folder here and could not be"):
         resolve({"path": "nobody/nothing"})
-    assert time.monotonic() - start < 10
+    assert not asked
 
 
 def test_a_hub_model_in_the_local_cache_needs_no_network(
@@ -190,10 +192,10 @@ def test_a_large_folder_is_answered_at_once_and_without_torch(tmp_path: Path) ->
         file.write(len(header).to_bytes(8, "little") + header.encode())
         file.truncate(8 + len(header) + size)
     code = (
-        "import sys, time; start = time.monotonic()\n"
+        "import sys, time; start = time.process_time()\n"
         "from cfm_train.backbone.spec import resolve\n"
         f"resolve({{'path': {str(folder)!r}}})\n"
-        "assert time.monotonic() - start < 1.5\n"
+        "assert time.process_time() - start < 4\n"  # 0.1 s; hashing the file takes ten
         "heavy = {'torch', 'transformers', 'huggingface_hub', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

@@ -119,10 +119,11 @@ def test_same_seed_same_interval_and_another_seed_another() -> None:
     assert first["macro_f1"].value == other["macro_f1"].value
 
 
-def test_ten_thousand_rows_take_well_under_a_second_of_classification() -> None:
+def test_ten_thousand_rows_of_classification_take_a_moment() -> None:
+    """In processor time, which other work on the machine does not add to."""
     generator = np.random.default_rng(7)
     wanted = generator.integers(0, 77, 10_000)
     predicted = np.where(generator.random(10_000) < 0.9, wanted, generator.integers(0, 77, 10_000))
-    start = time.perf_counter()
+    start = time.process_time()
     score("classification", predicted, wanted)
-    assert time.perf_counter() - start < 5  # 0.2 s on a quiet core
+    assert time.process_time() - start < 20  # 0.2 s on a quiet core; a loop over rows takes minutes
