@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cfm_train.data.tasks import LOWER_IS_BETTER
-from cfm_train.tracking.matrix_view import matrix_view
+from cfm_train.tracking.matrix_view import competes, matrix_view
 
 _WIDTH = 500  # where nobody looks on: a pipe or a file
 #: With more figures than this the matrix says more than their list.
@@ -28,7 +28,7 @@ def print_matrix(cells: Sequence[Mapping[str, Any]], *, file: IO[str] | None = N
     Args:
         cells: cells as in the record's ``matrix``.
         file: where to; standard output by default. Where it is no terminal: plain text, the best
-            of each column marked with ``*``.
+            of each column, or all that share the best score, marked with ``*``.
     """
     if cells:
         console = _console(file)
@@ -42,9 +42,9 @@ def matrix_table(cells: Sequence[Mapping[str, Any]], *, plain: bool = False) -> 
     table.add_column("")
     for task in matrix["tasks"]:
         table.add_column(f"{task['task']}\n{task['metric'].replace('_', ' ')}", justify="right")
-    rivals = sum(row["role"] in ("brick", "merged") for row in matrix["rows"])
+    best = _best_scores(matrix)
     role = None
-    for number, row in enumerate(matrix["rows"]):
+    for row in matrix["rows"]:
         if role is not None and row["role"] != role:
             table.add_section()
         role = row["role"]
@@ -54,11 +54,26 @@ def matrix_table(cells: Sequence[Mapping[str, Any]], *, plain: bool = False) -> 
         if row.get("note"):
             name.append(f" ({row['note']})", "dim")
         texts = []
-        for task, cell, best in zip(matrix["tasks"], row["cells"], matrix["best"], strict=True):
-            wins = best == number and rivals > 1
+        for task, cell, top in zip(matrix["tasks"], row["cells"], best, strict=True):
+            wins = bool(cell) and cell["value"] == top and competes(row)
             texts.append(_cell(cell, task["metric"], wins=wins, plain=plain))
         table.add_row(name, *texts)
+    if plain and any(top is not None for top in best):
+        table.caption, table.caption_justify = "* best of its column", "left"
     return table
+
+
+def _best_scores(matrix: Mapping[str, Any]) -> list[float | None]:
+    """The score to beat in each column; None where fewer than two rows compete."""
+    rows = matrix["rows"]
+    rivals = [
+        sum(competes(row) and row["cells"][at] is not None for row in rows)
+        for at in range(len(matrix["tasks"]))
+    ]
+    return [
+        rows[best]["cells"][at]["value"] if rivals[at] > 1 else None
+        for at, best in enumerate(matrix["best"])
+    ]
 
 
 def print_run(record: Mapping[str, Any], *, file: IO[str] | None = None) -> None:
@@ -104,6 +119,10 @@ def _summary(record: Mapping[str, Any], *, plain: bool) -> list[Any]:
             value = Text(score_text(figure["value"], metric), "bold")
             figures.add_row(key, value, Text(interval, "dim"), Text(str(figure["n"]), "dim"))
         parts.append(figures)
+    elif record["status"] == "done" and record["operation"] == "train":
+        kept = any(key.endswith("/validation") for key in record["data"]["fingerprints"])
+        where = "; validation figures stand in metrics.jsonl of the run folder" if kept else ""
+        parts.append(Text(f"no test rows, so no test figures{where}"))
     if cost := cost_text(record["cost"]):
         parts.append(Text(cost))
     broken = [name for name, check in record["checks"].items() if not check["passed"]]

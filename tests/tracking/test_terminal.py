@@ -26,7 +26,7 @@ def test_matrix_in_a_pipe_is_plain_and_complete(tmp_path: Path) -> None:
     lines = out.getvalue().splitlines()
     assert "\x1b" not in out.getvalue() and "│" not in out.getvalue()
     assert lines[0].split() == list(TASKS)
-    assert len(lines) == 2 + 6
+    assert len(lines) == 2 + 6 + 1 and lines[-1].strip() == "* best of its column"
     for c in cells:
         (line,) = [line for line in lines if line.startswith(f"{c['brick']} ")]
         at = 2 * list(TASKS).index(c["task"])
@@ -51,6 +51,21 @@ def test_winner_is_bold_and_intervals_dim_on_a_terminal(
         f"\x1b[1m80.0\x1b[0m\x1b[2m  {100 * a['low']:.1f}–{100 * a['high']:.1f}" in out.getvalue()
     )
     assert "\x1b[1m70.0" not in out.getvalue()
+
+
+def test_equals_are_all_marked_and_a_row_without_rivals_is_not() -> None:
+    scores = {"a": (0.8, 0.6), "b": (0.8, None), "c": (0.7, None)}
+    cells = [
+        cell(name, task, value, "brick")
+        for name, values in scores.items()
+        for task, value in zip("xy", values, strict=True)
+        if value is not None
+    ]
+    out = io.StringIO()
+    print_matrix([*cells, cell("bound", "x", 0.8, "floor")], file=out)
+    text = out.getvalue()
+    assert text.count("*80.0") == 2 and text.count("80.0 ") == 3
+    assert "*60.0" not in text and "*70.0" not in text and "* best of its column" in text
 
 
 def test_losses_stand_as_they_are_and_the_lowest_wins() -> None:
@@ -115,3 +130,16 @@ def test_summary_of_a_run(tmp_path: Path) -> None:
         print_run(record, file=out)
         assert "checks failed: logits" in out.getvalue()
         assert "loss is [bold]NaN[/bold]" in out.getvalue()  # no markup is read from texts
+
+
+def test_a_run_without_test_rows_says_so(tmp_path: Path) -> None:
+    record = trained(tmp_path, "topic")
+    record["metrics"] = {}
+    for splits, end in (
+        (["train", "validation"], "; validation figures stand in metrics.jsonl of the run folder"),
+        (["train"], ""),
+    ):
+        record["data"]["fingerprints"] = {f"topic/{split}": "0" * 64 for split in splits}
+        out = io.StringIO()
+        print_run(record, file=out)
+        assert f"no test rows, so no test figures{end}\n" in out.getvalue()
