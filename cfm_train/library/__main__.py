@@ -18,6 +18,9 @@ from cfm_train.library.peft_checks import KINDS
 from cfm_train.library.store import Library
 from cfm_train.library.upkeep import GRACE, stitched_from
 
+#: Commands that make the library where it is not there yet.
+_MAKE = ("add", "pull")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
@@ -36,7 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     problems: list[str] = []
     try:
         root = options.library or os.environ.get("CFM_LIBRARY") or "outputs/library"
-        problems = options.run(Library(root), options) or []
+        library = Library(root)
+        if options.library and options.command not in _MAKE and not library.exists():
+            raise UserError(f"There is no library {library.root}: correct --library.")
+        problems = options.run(library, options) or []
         sys.stdout.flush()
     except UserError as error:
         problems = [str(error)]
@@ -105,7 +111,7 @@ def _ls(library: Library, options: argparse.Namespace) -> list[str]:
     elif rows:
         console().print(list_table(rows))
     elif not problems:
-        print(f"The library {library.root} is empty.")
+        print(f"No bricks yet in {library.root}.")
     return problems
 
 

@@ -44,6 +44,11 @@ class Library:
         self.storage = open_storage(root)
         self.root = self.storage.url
 
+    def exists(self) -> bool:
+        """Whether anything was ever stored here."""
+        with explained(self.root, "looking for it"):
+            return self.storage.exists("")
+
     def check_writable(self) -> None:
         """Checks, without leaving a trace, that an artifact could be stored.
 
