@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -207,7 +207,15 @@ def _check_keys(section: Mapping[str, Any]) -> None:
             raws = raw_rows(section, "train")
             first = next((raw.values for raw in raws if raw.values), None) or {}
             offered = f" The training rows have: {', '.join(first)}." if first else ""
+            offered += _conversations(section, key, first)
             raise UserError(f"data.{key} is not set; name the column: data.{key}=COLUMN.{offered}")
+
+
+def _conversations(section: Mapping[str, Any], key: str, columns: Iterable[str]) -> str:
+    """The way out where rows hold whole conversations, and the columns named are of questions."""
+    if section["task"] == "instruct" and key != "messages" and "messages" in columns:
+        return " The rows hold whole conversations: data.messages=messages."
+    return ""
 
 
 def _labels(section: Mapping[str, Any], rows: list[Row]) -> LabelTable | None:
@@ -253,14 +261,19 @@ class _BadRows:
                 seen_good = True
             except MissingColumn as problem:
                 absent = absent or problem
-                hint = nearest(problem.column, problem.available).rstrip(".")
+                hint = self._instead(problem, split, section).rstrip(".")
                 reason = f"data.{problem.key}: {problem}.{hint}"
                 self.refuse(split, raw.at, reason, skippable=seen_good)
             except BadRow as problem:
                 self.refuse(split, raw.at, str(problem))
         if absent and not seen_good:
-            hint = nearest(absent.column, absent.available)
+            hint = self._instead(absent, split, section)
             raise UserError(f"data.{absent.key}: {absent} in any row of {split}.{hint}")
+
+    @staticmethod
+    def _instead(problem: MissingColumn, split: str, section: Mapping[str, Any]) -> str:
+        whole = _conversations(section, problem.key, problem.available) if split != "input" else ""
+        return whole or nearest(problem.column, problem.available)
 
     def index(self, split: str, rows: list[Row], table: LabelTable) -> Iterator[Row]:
         """Replaces label names and numbers by positions."""
@@ -277,11 +290,9 @@ class _BadRows:
         """Raises, or counts; ``skippable``: whether other rows may well be better."""
         if self.policy == "stop":
             end = "" if reason.endswith("?") else "."
-            advice = (
-                ""
-                if split == "input" or not skippable
-                else " Correct it, or leave bad rows out: data.bad_rows=skip."
-            )
+            advice = " Correct it, or leave bad rows out: data.bad_rows=skip."
+            if split == "input" or not skippable:
+                advice = ""
             raise UserError(f"{at}: {reason}{end}{advice}")
         self.counts[split] = self.counts.get(split, 0) + 1
         if len(self.reasons) < 5:

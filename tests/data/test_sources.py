@@ -130,6 +130,21 @@ def test_a_column_that_no_row_has(section: Make, write: Write, skip: str) -> Non
         check(section(train=write("a.jsonl", GOOD), text="txt", bad_rows=skip))
 
 
+@pytest.mark.parametrize("text", ["prompt", None])
+def test_rows_with_whole_conversations_have_a_key_of_their_own(
+    section: Make, write: Write, text: str | None
+) -> None:
+    talk = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+    train = write("talk.jsonl", [{"messages": talk}] * 4)
+    keys = {"task": "instruct", "label": None, "target": "answer", "train": train}
+    with pytest.raises(UserError, match=r"whole conversations: data.messages=messages\.$"):
+        check(section(**keys, text=text))
+    checked = check(section(**keys, text=text, messages="messages"))
+    assert checked.rows["train"][0]["messages"] == talk
+    with pytest.raises(UserError, match=r"Did you mean 'messages'\?$"):
+        check(section(**keys, text=text, messages="mesages"))
+
+
 def test_empty_files(section: Make, write: Write) -> None:
     empty, full = write("empty.jsonl", "\n\n"), write("a.jsonl", GOOD)
     for keys in ({"train": empty}, {"train": full, "test": empty}):
@@ -283,16 +298,13 @@ def test_rows_to_predict_need_no_answers(section: Make, write: Write) -> None:
         read_inputs(write("in2.jsonl", [{"txt": "a"}]), section())
 
 
-def test_checking_five_thousand_rows_is_quick_and_without_torch(shared: Path) -> None:
+def test_checking_five_thousand_rows_is_without_torch(shared: Path) -> None:
     code = (
-        "import sys, time\n"
+        "import sys\n"
         "from cfm_train.config.compose import option\n"
         "from cfm_train.data.sources import check\n"
-        "t = time.perf_counter()\n"
         f"check(option('data', 'sst2', root={str(shared / 'data' / 'tasks')!r}))\n"
-        "print('torch' in sys.modules, 'datasets' in sys.modules, time.perf_counter() - t)\n"
+        "print([name for name in ('torch', 'datasets', 'transformers') if name in sys.modules])\n"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    torch, datasets, seconds = out.stdout.split()
-    assert (torch, datasets) == ("False", "False")
-    assert float(seconds) < 1.5
+    assert out.stdout == "[]\n"
