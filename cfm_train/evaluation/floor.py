@@ -7,12 +7,13 @@ rounding it comes to what training on top of the running backbone would give.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from cfm_train.backbone.load import Backbone
 from cfm_train.bricks.head import HeadOnly
@@ -71,8 +72,15 @@ def train_head(
     """
     spec = task.spec
     head = new_head(backbone, task, seed)
-    train = frozen_features(backbone, task.train, head.pooling)
-    kept = task.validation and frozen_features(backbone, task.validation, head.pooling)
+    splits = [task.train, *([task.validation] if task.validation else [])]
+    rows = sum(map(len, splits))
+    with tqdm(
+        total=rows, desc=f"features of {spec.name}", unit="row", leave=False, disable=None
+    ) as bar:
+        train, *others = [
+            frozen_features(backbone, split, head.pooling, progress=bar.update) for split in splits
+        ]
+    kept = others[0] if others else None
     stream = BatchStream(
         {spec.name: task.train.lengths},
         tokens_per_batch=settings["tokens_per_batch"],
@@ -84,7 +92,8 @@ def train_head(
     rate = option("brick", "head")["learning_rate"]
     optimizer = torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=settings["weight_decay"])
     best, best_state, waited = -math.inf, head.state_dict(), 0
-    for step in range(total):
+    steps = tqdm(range(total), desc=f"head of {spec.name}", unit="step", leave=False, disable=None)
+    for step in steps:
         for group in optimizer.param_groups:
             group["lr"] = rate * factor(
                 step, total=total, warmup=settings["warmup"], schedule=settings["schedule"]
@@ -109,6 +118,7 @@ def train_head(
                 best_state = {k: v.clone() for k, v in head.state_dict().items()}
             if settings["patience"] and waited >= settings["patience"]:
                 break
+    steps.close()
     head.load_state_dict(best_state)
     return head.eval()
 
@@ -117,8 +127,16 @@ Features = tuple[list[Tensor], list[Tensor]]
 
 
 @torch.inference_mode()
-def frozen_features(backbone: Backbone, encoded: Encoded, pooling: str) -> Features:
+def frozen_features(
+    backbone: Backbone, encoded: Encoded, pooling: str, *, progress: Callable[[int], Any]
+) -> Features:
     """What the head will see of every row, and the row's labels.
+
+    Args:
+        backbone: the backbone as it is plugged.
+        encoded: the split.
+        pooling: the head's.
+        progress: called with the number of rows done after each batch.
 
     Returns:
         For each row its features, ``[hidden]`` or ``[tokens, hidden]`` float32, and its labels.
@@ -139,6 +157,7 @@ def frozen_features(backbone: Backbone, encoded: Encoded, pooling: str) -> Featu
             whole = pooling == "none"
             features[row] = pooled[i, :length].clone() if whole else pooled[i].clone()
             labels[row] = batch["labels"][i, :length] if whole else batch["labels"][i]
+        progress(len(batch["index"]))
     return features, labels
 
 
