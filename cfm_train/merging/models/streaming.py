@@ -10,6 +10,7 @@ Pieces go to threads of one core each; what they compute does not depend on whic
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
@@ -26,6 +27,8 @@ from cfm_train.merging.rule import Facts
 
 #: Numbers that one thread merges before it takes the next piece.
 PIECE = 4 * CHUNK
+#: Pieces that are handed to the threads at once.
+AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,11 @@ class Streaming:
         """
         task = self.task
         if task.mix.sparsifier.elementwise:
-            pieces = [piece for names in groups for piece in self._pieces(names)]
-            for _ in self.pool.map(self._merge_piece, pieces):
-                pass
+            # Some at a time: what waits for its turn takes memory too.
+            every = (piece for names in groups for piece in self._pieces(names))
+            while some := list(itertools.islice(every, AT_ONCE)):
+                for _ in self.pool.map(self._merge_piece, some):
+                    pass
             return
         for names in groups:
             pieces = self._pieces(names)
