@@ -53,3 +53,27 @@ def parents_of(fingerprints: Set[str], made: str, library: Library) -> list[dict
         if card.kind == "backbone" and card.interface.get("fingerprint") in wanted:
             found.append({"name": card.name, "version": card.version})
     return found
+
+
+def entries(
+    out: Path, library: Library, card: Card, parents: list[dict[str, str]], *, made: str, same: bool
+) -> dict[str, Any]:
+    """What the record says of a new backbone: ``brick``, ``backbone``, ``checks`` and ``cost``.
+
+    Args:
+        out: the backbone's folder.
+        library: where its card lies.
+        card: its card, as stored.
+        parents: what it was made from, see `parents_of`.
+        made: the backbone's fingerprint.
+        same: whether the sources are what they were.
+    """
+    from cfm_train.operations.setting import brick_entry
+    from cfm_train.training.cost import peak_memory
+
+    return {
+        "brick": brick_entry(card, library, parents),
+        "backbone": {"id": out.name, "fingerprint": made, "unchanged": same},
+        "checks": {"sources unchanged": {"value": same, "tolerance": None, "passed": same}},
+        "cost": {"peak_memory_bytes": peak_memory()},
+    }

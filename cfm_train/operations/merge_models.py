@@ -28,7 +28,7 @@ from cfm_train.library.store import Library
 from cfm_train.merging.models.sources import Model, Plan, open_model, plan
 from cfm_train.merging.sidecars import needed_by
 from cfm_train.merging.weights import Weights, check_filters, check_weights
-from cfm_train.operations.made_backbone import parents_of, store_backbone
+from cfm_train.operations.made_backbone import entries, parents_of, store_backbone
 from cfm_train.tracking.wandb_setting import resolve_mode
 
 if TYPE_CHECKING:
@@ -214,7 +214,6 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     """Writes the model and its card; returns the record's own part."""
     from cfm_train.merging.models.merge import merge_models
     from cfm_train.operations.setting import tracked
-    from cfm_train.training.cost import peak_memory
 
     began = time.perf_counter()
     if not inputs.written:
@@ -249,20 +248,8 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
         )
     unchanged = all(fingerprint(m.backbone.folder) == m.fingerprint for m in everything)
     print(f"{inputs.out}: {len(inputs.plan.merged)} tensors in {seconds:.1f} s, {expression}")
-    return {
-        "brick": {
-            "name": card.name,
-            "version": card.version,
-            "path": str(inputs.library.folder(card)),
-            "parents": parents,
-        },
-        "backbone": {"id": inputs.out.name, "fingerprint": made, "unchanged": unchanged},
-        "checks": {
-            "sources unchanged": {"value": unchanged, "tolerance": None, "passed": unchanged}
-        },
-        "cost": {"peak_memory_bytes": peak_memory()},
-        "wandb": wandb.as_record(),
-    }
+    record = entries(inputs.out, inputs.library, card, parents, made=made, same=unchanged)
+    return {**record, "wandb": wandb.as_record()}
 
 
 def new_config(config: Mapping[str, Any], inputs: Inputs) -> str:

@@ -21,7 +21,7 @@ from cfm_train.backbone.tensors import size_of
 from cfm_train.errors import UserError
 from cfm_train.library.card import check_name
 from cfm_train.library.store import Library
-from cfm_train.operations.made_backbone import parents_of, store_backbone
+from cfm_train.operations.made_backbone import entries, parents_of, store_backbone
 from cfm_train.stitching.layers.sources import Slice, read_slices
 from cfm_train.stitching.layers.writing import write_backbone
 from cfm_train.tracking.wandb_setting import resolve_mode
@@ -111,7 +111,6 @@ def _plan(config: dict[str, Any], inputs: Inputs) -> Any:
 def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     """Writes the model and its card; returns the record's own part."""
     from cfm_train.operations.setting import tracked
-    from cfm_train.training.cost import peak_memory
 
     plan = _plan(config, inputs)
     texts = {
@@ -146,18 +145,8 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     )
     count = sum(s.stop - s.start for s in inputs.slices)
     print(f"{inputs.out}: {count} layers, {expression}")
-    return {
-        "brick": {
-            "name": card.name,
-            "version": card.version,
-            "path": str(inputs.library.folder(card)),
-            "parents": parents,
-        },
-        "backbone": {"id": inputs.out.name, "fingerprint": made, "unchanged": unchanged},
-        "checks": {
-            "sources unchanged": {"value": unchanged, "tolerance": None, "passed": unchanged},
-            "tensors equal their sources": {"value": same, "tolerance": None, "passed": same},
-        },
-        "cost": {"peak_memory_bytes": peak_memory()},
-        "wandb": wandb.as_record(),
+    record = entries(inputs.out, inputs.library, card, parents, made=made, same=unchanged)
+    record["checks"] |= {
+        "tensors equal their sources": {"value": same, "tolerance": None, "passed": same}
     }
+    return {**record, "wandb": wandb.as_record()}

@@ -139,7 +139,7 @@ def test_a_run_without_test_rows_says_so(tmp_path: Path) -> None:
         (["train", "validation"], "; validation figures stand in metrics.jsonl of the run folder"),
         (["train"], ""),
     ):
-        record["data"]["fingerprints"] = {f"topic/{split}": "0" * 64 for split in splits}
+        record["data"] = {"fingerprints": {f"topic/{split}": "0" * 64 for split in splits}}
         out = io.StringIO()
         print_run(record, file=out)
         assert f"no test rows, so no test figures{end}\n" in out.getvalue()

@@ -27,17 +27,11 @@ DTYPES = {
 CHUNK = 1 << 16
 
 
-class Reader:
-    """Reads from many files, from any number of threads.
-
-    Pieces are copied out of the file by `os.preadv`, not mapped: memory is what the buffers are,
-    whatever the size of the model, and a tensor may begin at any byte.
-    """
+class _Files:
+    """Open files, closed at the end of a ``with``."""
 
     def __init__(self) -> None:
         self._handles: dict[Path, int] = {}
-        self._lock = threading.Lock()
-        self._own = threading.local()
 
     def __enter__(self) -> Self:
         return self
@@ -50,6 +44,19 @@ class Reader:
     ) -> None:
         for handle in self._handles.values():
             os.close(handle)
+
+
+class Reader(_Files):
+    """Reads from many files, from any number of threads.
+
+    Pieces are copied out of the file by `os.preadv`, not mapped: memory is what the buffers are,
+    whatever the size of the model, and a tensor may begin at any byte.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lock = threading.Lock()
+        self._own = threading.local()
 
     def read(self, placed: Placed, start: int, into: Tensor) -> None:
         """Reads numbers of a tensor.
@@ -93,7 +100,7 @@ class Reader:
             return self._handles[path]
 
 
-class Writer:
+class Writer(_Files):
     """New weight files, written from any number of threads, in any order.
 
     Args:
@@ -102,28 +109,16 @@ class Writer:
     """
 
     def __init__(self, folder: Path, shards: Sequence[Shard]) -> None:
-        self._handles: dict[str, int] = {}
+        super().__init__()
         self.places: dict[str, tuple[int, int]] = {}
         self.sizes: dict[str, int] = {}
         for shard in shards:
             handle = os.open(folder / shard.name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-            self._handles[shard.name] = handle
+            self._handles[folder / shard.name] = handle
             os.ftruncate(handle, shard.size)
             os.pwrite(handle, shard.header, 0)
             self.places |= {name: (handle, info.begin) for name, info in shard.tensors.items()}
             self.sizes |= {name: info.end - info.begin for name, info in shard.tensors.items()}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
-        for handle in self._handles.values():
-            os.close(handle)
 
     def write(self, name: str, start: int, numbers: Tensor) -> None:
         """Writes numbers of a tensor.
