@@ -11,9 +11,12 @@ two splits but at a border.
 For each direction the stitch point of highest CKA and another one: as deep as both models allow for
 the small one below, in the middle for the large one. λ and the kept checkpoint are chosen on
 validation rows; the table shows test rows, and marks the configuration that is best on validation.
-Figures are nats per token and perplexity; the penalty is
-against the top model; intervals are 95 % bootstrap intervals over passages, paired where they are
-of a difference.
+It must keep what is promised (exit code 1 else): closed form better than random, trained better
+than closed form, and its perplexity below that of lm-stories260k.
+
+Figures are nats per token and perplexity; the penalty is against the top model; the order effect is
+the loss of the opposite order minus that of this one, both in closed form. Intervals are 95 %
+bootstrap intervals over passages, paired where they are of a difference.
 """
 
 from __future__ import annotations
@@ -87,8 +90,8 @@ def one(
             f"trainer.learning_rate={options.rate}",
             f"trainer.tokens_per_batch={options.tokens}",
             "tracking=disabled",
-            f"outputs={options.outputs or folder}",
-            f"library={options.outputs or folder}/library",
+            f"outputs={folder}",
+            f"library={folder}/library",
         ]
     )
     record = job.start()
@@ -112,20 +115,20 @@ def table(results: list[dict[str, Any]]) -> str:
     """The results as Markdown."""
     lines = [
         "| bottom → top | at | bridge | loss | perplexity | penalty (nats/token) | minus "
-        f"{SMALL} |",
-        "|---|---|---|---|---|---|---|",
+        f"{SMALL} | order effect |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     best = min(results, key=lambda result: result["validation"])
     metrics = results[0]["metrics"]
     for model in (LARGE, SMALL):
         half = "bottom" if results[0]["bottom"] == model else "top"
         loss, ppl = (metrics[f"test/{half} model/{m}"] for m in ("loss", "perplexity"))
-        lines.append(f"| {model} alone | | | {shown(loss)} | {shown(ppl)} | | |")
+        lines.append(f"| {model} alone | | | {shown(loss)} | {shown(ppl)} | | | |")
     for result in results:
         where = f"{result['bottom']} → {result['top']}"
         how = "CKA" if result["point"]["at"] == "auto" else "given"
         mark = " **(best on validation)**" if result is best else ""
-        small = "penalty" if result["top"] == SMALL else "against bottom model"
+        small = small_of(result)
         for arm in ("random bridge", "closed form", "trained bridge"):
             keys = [
                 f"test/{arm}/loss",
@@ -135,9 +138,37 @@ def table(results: list[dict[str, Any]]) -> str:
             ]
             cells = " | ".join(shown(result["metrics"][key]) for key in keys)
             named = (f"{where}{mark}", f"{result['at']} ({how})")
+            effect = result["metrics"].get(f"order effect/{arm}/loss")
+            cells += f" | {shown(effect) if effect else ''}"
             left = " | ".join(named if arm == "random bridge" else ("", ""))
             lines.append(f"| {left} | {arm} | {cells} |")
     return "\n".join(lines)
+
+
+def small_of(result: dict[str, Any]) -> str:
+    """What the record calls the difference from the small model."""
+    return "penalty" if result["top"] == SMALL else "against bottom model"
+
+
+def verdict(results: list[dict[str, Any]]) -> dict[str, bool]:
+    """What must hold, of the configuration that is best on validation.
+
+    Intervals of the first two must not touch; the last one says on which side of zero the paired
+    interval of the difference lies, beside the figure itself.
+    """
+    best = min(results, key=lambda result: result["validation"])
+    metrics = best["metrics"]
+    random, closed, trained = (
+        metrics[f"test/{arm}/perplexity"]
+        for arm in ("random bridge", "closed form", "trained bridge")
+    )
+    paired = metrics[f"{small_of(best)}/trained bridge/perplexity"]
+    return {
+        "closed form better than random": closed["high"] < random["low"],
+        "trained better than closed form": trained["high"] < closed["low"],
+        f"trained better than {SMALL}": paired["value"] < 0,
+        f"trained better than {SMALL}, whole interval": paired["high"] < 0,
+    }
 
 
 def shown(figure: dict[str, Any]) -> str:
@@ -145,8 +176,8 @@ def shown(figure: dict[str, Any]) -> str:
     return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
 
 
-def main() -> None:
-    """Runs every configuration and prints the table."""
+def main() -> int:
+    """Runs every configuration and prints the table and the verdict."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--corpora", type=Path, required=True)
@@ -159,12 +190,17 @@ def main() -> None:
     options = parser.parse_args()
     options.models, options.corpora = options.models.resolve(), options.corpora.resolve()
     chosen = options.only if options.only is not None else range(len(CONFIGURATIONS))
-    with tempfile.TemporaryDirectory() as folder:
-        results = [
-            one(*CONFIGURATIONS[number], options=options, folder=Path(folder)) for number in chosen
-        ]
+    with tempfile.TemporaryDirectory() as aside:
+        # The texts lie with the runs: a run is known by its config, and that names them.
+        folder = options.outputs.resolve() if options.outputs else Path(aside)
+        folder.mkdir(parents=True, exist_ok=True)
+        results = [one(*CONFIGURATIONS[n], options=options, folder=folder) for n in chosen]
     print(table(results))
+    kept = verdict(results)
+    for sentence, holds in kept.items():
+        print(f"{sentence}: {'holds' if holds else 'does not hold'}")
+    return 0 if all(list(kept.values())[:3]) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,9 +2,9 @@
 
     python benchmarks/task_bricks.py --root ../shared/data/tasks --seeds 0 1 2 --out results.json
 
-Same backbone (MiniLM), rank, sites, epochs, tokens per batch and learning-rate budget (one rate,
-the same for all). Arms are interleaved task by task, so that a machine whose speed drifts is fair
-to all:
+Same backbone (MiniLM), rank, sites, epochs, tokens per batch and learning-rate budget: a sweep of
+the same rates for both sides (`--rate` alone, on tasks and a seed of its own), then one rate each.
+Arms are interleaved task by task, so that a machine whose speed drifts is fair to all:
 
     ours        python -m cfm_train, bfloat16 where the processor multiplies it natively
     peer_bf16   Trainer(bf16=True) over a PEFT LoRA
@@ -151,7 +151,7 @@ def peer(
             per_device_eval_batch_size=4 * batch,
             num_train_epochs=options.epochs,
             max_steps=-1 if steps is None else steps,
-            learning_rate=options.rate,
+            learning_rate=options.peer_rate,
             warmup_steps=0.06,
             lr_scheduler_type="linear",
             weight_decay=0.0,
@@ -257,7 +257,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4000, help="training rows of each task")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--rate", type=float, default=2e-3, help="our learning rate")
+    parser.add_argument("--peer-rate", type=float, help="the peers'; ours unless given")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of a batch")
     parser.add_argument("--speed-steps", type=int, default=40)
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmark_task_bricks.json"))
@@ -267,6 +268,7 @@ def main() -> None:
     except OSError as error:
         parser.error(f"--root needs a tasks.json that names the tasks ({error})")
     options.tasks = options.tasks or known
+    options.peer_rate = options.peer_rate or options.rate
     if unknown := set(options.tasks) - set(known):
         parser.error(f"--tasks: {options.root} has no {', '.join(sorted(unknown))}")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -121,9 +121,42 @@ def folder(family: str) -> Path:
     return path
 
 
+#: What each loaded backbone looked like when it was last looked at, see `what_changed`.
+_LOADED: dict[tuple[str, str], tuple[Backbone, set[tuple[str, str]]]] = {}
+
+
 @functools.cache
 def _loaded(family: str, dtype: str) -> Backbone:
-    return load_backbone(resolve(section(family, dtype)), dtype=dtype)
+    backbone = load_backbone(resolve(section(family, dtype)), dtype=dtype)
+    _LOADED[family, dtype] = backbone, _marks(backbone)
+    return backbone
+
+
+def _marks(backbone: Backbone) -> set[tuple[str, str]]:
+    """Hooks, modes and gradients of a backbone's modules: what a test could leave behind."""
+    found = set()
+    for name, module in backbone.model.named_modules():
+        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
+            for key, hook in getattr(module, kind).items():
+                # transformers' own for `output_hidden_states`: put in once, asleep otherwise
+                if getattr(hook, "__module__", "") != "transformers.utils.output_capturing":
+                    found.add((name, f"{kind} {key}"))
+        for flag in ("training", "gradient_checkpointing"):
+            if getattr(module, flag, False):
+                found.add((name, flag))
+        for parameter, value in module.named_parameters(recurse=False):
+            if value.requires_grad or value.grad is not None:
+                found.add((name, f"gradient of {parameter}"))
+    return found
+
+
+def what_changed() -> set[tuple[str, str]]:
+    """Where the shared backbones are not as at the last call or load: (module, what)."""
+    changed = set()
+    for key, (backbone, before) in _LOADED.items():
+        _LOADED[key] = backbone, _marks(backbone)
+        changed |= before ^ _LOADED[key][1]
+    return changed
 
 
 def section(family: str, dtype: str = "float32") -> dict[str, Any]:

@@ -158,6 +158,7 @@ class checkpointing:
 
     def __exit__(self, *_: object) -> None:
         self.model.activation_checkpointing_disable()
+        self.model.disable_input_require_grads()  # transformers turned them on and leaves them on
         for layer in self.layers:
             layer.training = False
 

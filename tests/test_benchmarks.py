@@ -1,4 +1,4 @@
-"""What the peer benchmark makes of its runs, against SciPy."""
+"""What the benchmarks make of their runs: the peer's against SciPy, the bridge's verdict."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
+from benchmarks.stitch_models import LARGE, SMALL, table, verdict
 from benchmarks.task_bricks import summary, tasks_of
 
 #: Scores of ours and of the peer, by task and seed.
@@ -53,3 +54,36 @@ def test_speed_is_the_geometric_mean_of_ratios() -> None:
 def test_tasks_come_from_the_folder(tmp_path: Path) -> None:
     (tmp_path / "tasks.json").write_text(json.dumps({"b": {}, "a": {}}))
     assert tasks_of(tmp_path) == ["b", "a"]
+
+
+def joined(validation: float, trained: float, paired: tuple[float, float]) -> dict[str, object]:
+    """A result of two models joined, with figures made up."""
+    names = {"random bridge": 90.0, "closed form": 16.0, "trained bridge": trained}
+    models = {"bottom model": 4.6, "top model": 6.6}
+    metrics = {
+        f"test/{arm}/{metric}": {"value": value, "low": value - 1, "high": value + 1}
+        for arm, value in (names | models).items()
+        for metric in ("loss", "perplexity")
+    }
+    low, high = paired
+    for arm in names:
+        figure = {"value": (low + high) / 2, "low": low, "high": high}
+        metrics |= {f"penalty/{arm}/{metric}": figure for metric in ("loss", "perplexity")}
+    return {
+        "bottom": LARGE,
+        "top": SMALL,
+        "point": {"at": "auto"},
+        "at": [4, 4],
+        "validation": validation,
+        "metrics": metrics,
+    }
+
+
+def test_the_verdict_is_of_what_is_best_on_validation() -> None:
+    good, wide = joined(1.8, 6.0, (-0.9, -0.3)), joined(1.9, 6.5, (-0.6, 0.2))
+    worse = joined(2.2, 15.5, (2.0, 3.0))
+    assert list(verdict([worse, good, wide]).values()) == [True, True, True, True]
+    assert list(verdict([worse, wide]).values()) == [True, True, True, False]
+    assert list(verdict([worse]).values()) == [True, False, False, False]
+    marked = [line for line in table([worse, good]).splitlines() if "best on validation" in line]
+    assert len(marked) == 1 and "random bridge" in marked[0]

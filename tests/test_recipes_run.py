@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,13 @@ def test_two_steps_and_the_record_holds(
         ]
     elif not recipe.startswith("task/quick_") and recipe != "task/multitask":
         shared: Path = request.getfixturevalue("shared")
-        arguments += [f"data.root={shared / 'data' / 'tasks'}", "data.limit=40"]
+        (tmp_path / "tasks").mkdir()
+        for split, count in (("train", 60), ("test", 40)):
+            name = f"{recipe.removeprefix('task/')}.{split}.jsonl"
+            with (shared / "data" / "tasks" / name).open(encoding="utf-8") as rows:
+                first = "".join(itertools.islice(rows, count))
+            (tmp_path / "tasks" / name).write_text(first, encoding="utf-8")
+        arguments += ["data.root=tasks"]
     record = run(capsys, *arguments)
     assert record["status"] == "done"
     assert record["backbone"]["unchanged"] is True
@@ -269,15 +276,18 @@ def test_stitches_of_every_mode(
             assert penalty == pytest.approx(cells[task, task] - cells[rows[0], task])
         if mode == "sum":
             assert record["metrics"]["order effect"]["value"] < 1e-4
-    inner = run(
-        capsys,
-        "recipe=evaluate/tasks",
-        "bricks=[by-chain,'stitch([by-pipe, merge(linear, [l1, l2])])']",
-        "tasks=[l1]",
-        "evaluation.bootstrap=20",
-        "tracking=disabled",
-    )
-    assert len(inner["matrix"]) == 2 and {c["role"] for c in inner["matrix"]} == {"merged"}
+    nested = "stitch([by-pipe, merge(ties, [l1, l2], density=0.5)])"
+    for recipe in ("evaluate/tasks", "compare/bricks"):
+        inner = run(
+            capsys,
+            f"recipe={recipe}",
+            f'bricks=[by-chain,"{nested}"]',
+            "tasks=[l1]",
+            "evaluation.bootstrap=20",
+            "tracking=disabled",
+        )
+        cells = {c["brick"]: c for c in inner["matrix"] if c["role"] == "merged"}
+        assert list(cells) == ["by-chain", nested]
     Path("x.jsonl").write_text('{"text": "w5 w6"}\n')
     for brick in ("by-chain", "by-prompt"):
         task = "data.task=" + ("p1" if brick == "by-prompt" else "l1")

@@ -128,6 +128,17 @@ def one_weight() -> list[str]:
     return ["recipe=merge/linear", "bricks=[kept,also]", "weights=[1.0]", "name=m"]
 
 
+def merge_that_is_none(*choices: str) -> Callable[[], list[str]]:
+    """A merge whose choices do not go together."""
+
+    def prepare() -> list[str]:
+        stored_brick("kept")
+        stored_brick("also")
+        return ["bricks=[kept,also]", "name=m", "tracking=disabled", *choices]
+
+    return prepare
+
+
 def library_is_a_file() -> list[str]:
     """A library where a file stands."""
     Path("shelf").write_text("")
@@ -163,6 +174,19 @@ CASES: dict[str, tuple[Callable[[], list[str]] | list[str], str]] = {
     "brick with a NaN": (brick_with(with_nan), "adapter_model.safetensors"),
     "brick of another backbone": (other_backbone, "kept"),
     "too few weights": (one_weight, "weights"),
+    "rule in a space": (merge_that_is_none("recipe=merge/ties", "merge.space=cat"), "cat"),
+    "cut of a sum": (
+        merge_that_is_none("recipe=merge/linear", "merge.space=cat", "merge.rank=2"),
+        "merge.rank",
+    ),
+    "filter of nothing": (
+        merge_that_is_none("recipe=merge/linear", "merge.filters=[[atn.*,1,2]]"),
+        "atn.*",
+    ),
+    "filters without weights": (
+        merge_that_is_none("recipe=merge/magmax", "merge.filters=[[attn.*,1,2]]"),
+        "merge.filters",
+    ),
     "broken expression": ([*EVALUATE, "bricks=[merge(linear, [a)]"], "merge"),
     "unknown task": (["recipe=task/multitask", "data.tasks=[quick_ton]"], "quick_tone"),
     "site that does not exist": ([*OWN, "brick.sites=[attn.w]"], "attn.w"),

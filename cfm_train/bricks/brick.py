@@ -27,6 +27,7 @@ from cfm_train.backbone.plugs import Plug
 from cfm_train.backbone.sites import Site
 from cfm_train.bricks.heads import Head, Heads
 from cfm_train.errors import UserError
+from cfm_train.library.card import HEADS_FILE
 
 if TYPE_CHECKING:
     from cfm_train.backbone.load import Backbone
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 NATIVE_FILE = "brick.safetensors"
-HEADS_FILE = "heads.safetensors"
 
 #: Kinds of sites whose module is one linear map (``head`` is a language model's).
 LINEAR = ("linear", "conv1d", "head")

@@ -44,6 +44,9 @@ def find_site(backbone: Backbone, module: str) -> Site:
     Raises:
         UserError: there is no such linear module, or there are two.
     """
+    named = backbone.sites.get(module)
+    if named is not None and named.module == module and named.kind in LINEAR and named.rows is None:
+        return named  # sites that are named like their modules
     whole = [s for s in backbone.sites.values() if s.kind in LINEAR and s.rows is None]
     same = {s.module: s for s in whole if s.module == module}
     close = same or {

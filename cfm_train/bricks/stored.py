@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
 from safetensors.torch import load
 
 from cfm_train.backbone.load import Backbone
-from cfm_train.bricks.brick import HEADS_FILE, Brick
+from cfm_train.bricks.brick import Brick
 from cfm_train.bricks.heads import Head
 from cfm_train.bricks.kinds import brick_class
 from cfm_train.errors import UserError
 from cfm_train.library import gate
-from cfm_train.library.card import Card
+from cfm_train.library.card import HEADS_FILE, Card
+from cfm_train.library.peft_format import CONFIG_FILE, TENSOR_FILE, aside_tensors
 from cfm_train.library.store import Library
 
 
@@ -45,15 +48,37 @@ def open_brick(card: Card, library: Library, backbone: Backbone) -> Brick:
     """A brick from the library, ready to plug in.
 
     Raises:
-        UserError: the files differ from the card, hold a NaN, or belong to another backbone.
+        UserError: the files differ from the card, hold a NaN, belong to another backbone, or
+            replace one of its modules.
     """
     gate.require_backbone(card, backbone.fingerprint, backbone.id)
     folder = library.folder(card)
     gate.check_artifact(card, folder)
     files = {name: (folder / name).read_bytes() for name in card.files}
+    _check_whole_modules(card, files, backbone)
     brick = brick_class(card.kind).restore(card.interface, files, backbone)
     open_heads(brick, card, library)
     return brick.to(backbone.device).eval().requires_grad_(False)
+
+
+def _check_whole_modules(card: Card, files: Mapping[str, bytes], backbone: Backbone) -> None:
+    """Refuses an adapter that comes with weights of its own for a module of the backbone.
+
+    A classifier that PEFT trained beside an adapter is left out, for the backbone has none; a
+    language model's head or embedding that it trained is another one than the backbone's.
+    """
+    config = json.loads(files.get(CONFIG_FILE, b"{}"))
+    if not config.get("modules_to_save"):
+        return
+    trained = aside_tensors(config, load(files[TENSOR_FILE]))
+    for module in config["modules_to_save"]:
+        own = any(f".{name}".endswith(f".{module}") for name, _ in backbone.model.named_modules())
+        if own and any(f".{module}." in f".{name}" for name in trained):
+            raise UserError(
+                f"Brick {card.ref} was trained together with a '{module}' of its own "
+                f"(modules_to_save), and a brick never changes the '{module}' of the backbone "
+                f"'{backbone.id}': its answers would be others here. Train it without."
+            )
 
 
 def open_heads(brick: Brick, card: Card, library: Library) -> None:

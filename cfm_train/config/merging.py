@@ -42,6 +42,21 @@ class Merging(Section):
     seed: Count | None
 
     @model_validator(mode="after")
+    def _no_weights(self) -> Merging:
+        """A rule that takes no weights is given none.
+
+        Raises:
+            UserError: it would leave filters or a default weight unread.
+        """
+        if signature.constants("merging", self.rule, "Rule").get("weightless", False):
+            for key in ("equal", "filters"):
+                if getattr(self, key) is not None:
+                    raise UserError(
+                        f"rule={self.rule} takes no weights: leave merge.{key} at null."
+                    )
+        return self
+
+    @model_validator(mode="after")
     def _chances(self) -> Merging:
         """Probabilities of being kept, ``density ± epsilon``, lie between 0 and 1.
 
@@ -58,6 +73,12 @@ class Merging(Section):
         return self
 
 
+class ModelMerging(Merging):
+    """What a merge of whole models has besides."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] | None
+
+
 def own_arguments(room: str, name: str) -> dict[str, Any]:
     """The parameters of a rule or sparsifier with their types, from its source."""
     base = next(base for known, base in ROOMS.values() if known == room)
@@ -71,12 +92,18 @@ def methods(key: str) -> tuple[str, ...]:
 
 
 @functools.cache
-def model_of(rule: str, sparsify: str) -> type[Merging]:
-    """The schema of merges by a rule with a sparsifier."""
+def model_of(rule: str, sparsify: str, base: type[Merging] = Merging) -> type[Merging]:
+    """The schema of merges by a rule with a sparsifier.
+
+    Args:
+        rule: of ``merging/``.
+        sparsify: of ``merging/sparsify/``.
+        base: what every merge of the operation has.
+    """
     fields: dict[str, Any] = {"rule": (Literal[rule], ...), "sparsify": (Literal[sparsify], ...)}
     for key, name in (("rule", rule), ("sparsify", sparsify)):
         fields |= {k: (v, ...) for k, v in own_arguments(ROOMS[key][0], name).items()}
-    model = create_model(f"Merging_{rule}_{sparsify}", __base__=Merging, **fields)
+    model = create_model(f"{base.__name__}_{rule}_{sparsify}", __base__=base, **fields)
     model.model_config["extra"] = "forbid"
     model.model_rebuild(force=True)
     return model
@@ -118,6 +145,46 @@ def check(parameters: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"merge({parameters['rule']}, …) lacks the parameter '{key}'.")
     message = first["msg"].removeprefix("Input should be ")
     raise UserError(f"merge({parameters['rule']}, …): {key} must be {message}.")
+
+
+def check_together(parameters: Mapping[str, Any], low_rank: bool) -> None:
+    """Refuses choices that do not go together, before anything is loaded; the engine does too.
+
+    Args:
+        parameters: all of a merge of bricks.
+        low_rank: whether the bricks are of kind ``lora``.
+
+    Raises:
+        UserError: the rule or sparsifier does not work in the space or over the scope.
+    """
+    rule, sparsify = parameters["rule"], parameters["sparsify"]
+    space, scope = parameters["space"], parameters["scope"]
+    facts = signature.constants("merging", rule, "Rule")
+    adds_up = facts.get("linear", False) and sparsify == "none"
+    if space == "cat" and not adds_up:
+        raise UserError(
+            "merge.space=cat adds updates up as they are: it goes with rule=linear or "
+            "rule=task_arithmetic and sparsify=none; use merge.space=delta."
+        )
+    keeps_shapes = space in ("cat", "parameters") or (space == "auto" and not low_rank)
+    if keeps_shapes and parameters["rank"] is not None:
+        what = "cat keeps every rank" if space == "cat" else "parameters keeps the bricks' shapes"
+        raise UserError(
+            f"merge.space={what}: leave merge.rank out"
+            + (", or use merge.space=delta." if low_rank else ".")
+        )
+    if space == "knots" and facts.get("ranks", False):
+        raise UserError(
+            f"rule={rule} keeps the largest singular values of an update, and in merge.space=knots "
+            "all are alike: use merge.space=delta or merge.space=core."
+        )
+    rows = signature.constants("merging/sparsify", sparsify, "Sparsifier").get("rows", False)
+    for what, bound in (
+        (f"rule={rule}", facts.get("matrices", False) or facts.get("needs") is not None),
+        (f"sparsify={sparsify}", rows),
+    ):
+        if scope != "tensor" and bound:
+            raise UserError(f"{what} works on one tensor at a time: use merge.scope=tensor.")
 
 
 def check_count(rule: str, count: int, what: str = "bricks") -> None:

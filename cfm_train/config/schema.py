@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from cfm_train.config.merging import Merging
+from cfm_train.config.merging import Merging, ModelMerging
+from cfm_train.config.searching import Searching
 from cfm_train.config.section import Section
 from cfm_train.config.types import (
     Count,
@@ -201,6 +202,22 @@ class Merge(Run):
     bricks: list[str]
     weights: list[float | list[float]] | None
     merge: Merging
+    search: Searching
+    tasks: list[str]
+    data: EvaluationData
+    evaluation: Evaluation
+
+
+class MergeModels(Run):
+    """Make a backbone from whole models of one shape."""
+
+    models: list[str]
+    base: str | None
+    weights: list[float | list[float]] | None
+    merge: ModelMerging
+    shard_bytes: Positive
+    threads: Positive | None
+    out: str
 
 
 class StitchLayers(Run):
@@ -230,6 +247,7 @@ class StitchBridge(Run):
     at: Literal["auto"] | list[Count]
     depth: list[Positive] | None
     train: bool
+    opposite: bool
     calibration: Calibration
     data: Data
     trainer: Trainer
@@ -261,6 +279,9 @@ class Stitch(Run):
 class Compare(Evaluate):
     """Score bricks on tasks, and draw them with the runs that made them."""
 
+    refit: bool
+    reuse: bool
+
 
 class Sequence(Run):
     """Several runs one after another, each with a record of its own."""
@@ -273,6 +294,7 @@ OPERATIONS: dict[str, type[Run]] = {
     "evaluate": Evaluate,
     "predict": Predict,
     "merge": Merge,
+    "merge_models": MergeModels,
     "analyze": Analyze,
     "stitch_layers": StitchLayers,
     "stitch_bridge": StitchBridge,

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ValidationError, create_model
 from pydantic_core import ErrorDetails
 
-from cfm_train.config import merging, schema, signature
+from cfm_train.config import merging, schema, searching, signature
 from cfm_train.config.free_text import text_kind
 from cfm_train.config.quoting import TextKind
 from cfm_train.config.sentences import value
@@ -82,8 +82,12 @@ def model_of(config: Mapping[str, Any]) -> type[schema.Run]:
     model = schema.OPERATIONS[config["operation"]]
     if "merge" in model.model_fields and isinstance(config.get("merge"), Mapping):
         merging.check_methods(config["merge"])
-        chosen = merging.model_of(config["merge"]["rule"], config["merge"]["sparsify"])
-        return create_model(model.__name__, __base__=model, merge=(chosen, ...))
+        base: Any = model.model_fields["merge"].annotation
+        chosen = merging.model_of(config["merge"]["rule"], config["merge"]["sparsify"], base)
+        fields: dict[str, Any] = {"merge": (chosen, ...)}
+        if "search" in model.model_fields and isinstance(config.get("search"), Mapping):
+            fields["search"] = (searching.model_of(str(config["search"].get("kind"))), ...)
+        return create_model(model.__name__, __base__=model, **fields)
     section = config.get("brick")
     if "brick" not in model.model_fields or not isinstance(section, Mapping):
         return model

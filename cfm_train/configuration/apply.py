@@ -10,7 +10,7 @@ from cfm_train.bricks.brick import Brick
 from cfm_train.bricks.stored import open_brick, open_heads
 from cfm_train.config.merging import complete
 from cfm_train.configuration.expression import BrickRef, Call, Expression, bricks
-from cfm_train.configuration.opened import stitch_tree
+from cfm_train.configuration.opened import stitch_tree, unmergeable
 from cfm_train.configuration.pin import with_defaults
 from cfm_train.errors import UserError
 from cfm_train.library import gate
@@ -100,9 +100,16 @@ def open_stitch(card: Card, library: Library, backbone: Backbone) -> Brick:
 
 
 def plain(brick: Brick, backbone: Backbone) -> Brick:
-    """A stitch of low-rank updates as the one LoRA that it is, so that it can be merged."""
-    stitched: Any = brick
-    if brick.kind != STITCH or not stitched.foldable():
+    """A stitch of low-rank updates as the one LoRA that it is, so that it can be merged.
+
+    Raises:
+        UserError: it is a stitch of something else, which has no parameters of its own to merge.
+    """
+    if brick.kind != STITCH:
         return brick
+    stitched: Any = brick
+    if not stitched.foldable():
+        what = next((p.what for p in stitched.places if p.port != "linear"), "head")
+        raise UserError(unmergeable("The stitch", what))
     folded: Brick = importlib.import_module("cfm_train.stitching.fold").fold(stitched, backbone)
     return folded

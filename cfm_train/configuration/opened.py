@@ -47,3 +47,11 @@ def opened_from(card: Card, library: Library) -> Iterator[Card]:
                 f"missing: {error}"
             ) from None
         yield from opened_from(inner, library)
+
+
+def unmergeable(label: str, what: str) -> str:
+    """Why a stitch of anything but low-rank updates is no part of a merge."""
+    return (
+        f"{label} ({what}) is no low-rank update and has no parameters of its own, so it cannot be "
+        "merged: merge the bricks first and stitch what comes out."
+    )

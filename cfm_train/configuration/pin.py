@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from cfm_train.config import merging
 from cfm_train.configuration.expression import BrickRef, Call, Expression, Value
+from cfm_train.errors import UserError
 from cfm_train.library.card import Card
 
 #: What a parameter is where a configuration leaves it out.
@@ -37,6 +38,8 @@ def pin(tree: Expression, library: Finder) -> Expression:
         card = library.find(str(tree))
         return BrickRef(card.name, card.version)
     rule, params = tree.rule, tree.params
+    for name in dict(params).keys() - DEFAULTS["stitch"].keys() if tree.fn == "stitch" else ():
+        raise UserError(f"stitch([…]) does not know the parameter '{name}', only mode.")
     if tree.fn == "merge":
         rule, params = _all_parameters(str(rule), dict(params), len(tree.args))
     args = tuple(pin(arg, library) for arg in tree.args)

@@ -133,11 +133,16 @@ def _json_lines(path: Path, stream: IO[bytes]) -> Iterator[Raw]:
         except UnicodeDecodeError:
             yield Raw(at, None, "the line is not UTF-8 text")
         except json.JSONDecodeError as error:
-            yield Raw(at, None, f"broken JSON ({error.msg} at column {error.colno})")
+            yield Raw(at, None, f"broken JSON ({_json_fault(error)})")
         except RecursionError:
             yield Raw(at, None, "broken JSON (nested too deeply)")
         else:
             yield _row(at, value)
+
+
+def _json_fault(error: json.JSONDecodeError) -> str:
+    """What is wrong and where; some of Python's own messages end in "at" already."""
+    return f"{error.msg.removesuffix(' at')} at column {error.colno}"
 
 
 def _row(at: str, value: Any) -> Raw:
@@ -152,7 +157,7 @@ def _json_array(path: Path, stream: IO[bytes]) -> Iterator[Raw]:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{path}:{error.lineno}: broken JSON ({error.msg} at column {error.colno}); a .json "
+            f"{path}:{error.lineno}: broken JSON ({_json_fault(error)}); a .json "
             "file holds one array of objects (name it .jsonl if each line is an object)."
         ) from error
     if not isinstance(rows, list):

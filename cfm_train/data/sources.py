@@ -254,7 +254,8 @@ class _BadRows:
             except MissingColumn as problem:
                 absent = absent or problem
                 hint = nearest(problem.column, problem.available).rstrip(".")
-                self.refuse(split, raw.at, f"data.{problem.key}: {problem}.{hint}")
+                reason = f"data.{problem.key}: {problem}.{hint}"
+                self.refuse(split, raw.at, reason, skippable=seen_good)
             except BadRow as problem:
                 self.refuse(split, raw.at, str(problem))
         if absent and not seen_good:
@@ -272,13 +273,13 @@ class _BadRows:
             except BadRow as problem:
                 self.refuse(split, row["_at"], str(problem))
 
-    def refuse(self, split: str, at: str, reason: str) -> None:
-        """Raises, or counts."""
+    def refuse(self, split: str, at: str, reason: str, *, skippable: bool = True) -> None:
+        """Raises, or counts; ``skippable``: whether other rows may well be better."""
         if self.policy == "stop":
             end = "" if reason.endswith("?") else "."
             advice = (
                 ""
-                if split == "input"
+                if split == "input" or not skippable
                 else " Correct it, or leave bad rows out: data.bad_rows=skip."
             )
             raise UserError(f"{at}: {reason}{end}{advice}")

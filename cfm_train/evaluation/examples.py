@@ -63,21 +63,26 @@ class Together:
 
 
 def together(
-    systems: Sequence[Examples], metric: str, *, bootstrap: int, seed: int | Sequence[int]
+    systems: Sequence[Examples],
+    metric: str | Sequence[str],
+    *,
+    bootstrap: int,
+    seed: int | Sequence[int],
 ) -> Together:
     """A metric of several systems on the same examples, resampled together.
 
     Args:
         systems: the examples of each, of the same rows in the same order.
-        metric: one that they all have.
+        metric: one that they all have, or one for each.
         bootstrap: number of resamples, at least 1.
         seed: seed of the draws.
 
     Raises:
         UserError: the systems answered different numbers of rows.
     """
-    found = [system.rows_of(metric) for system in systems]
-    kind, first = found[0]
+    metrics = [metric] * len(systems) if isinstance(metric, str) else list(metric)
+    found = [system.rows_of(one) for system, one in zip(systems, metrics, strict=True)]
+    first = found[0][1]
     widths = [rows.shape[1] for _, rows in found]
     if any(len(rows) != len(first) for _, rows in found):
         lengths = ", ".join(str(len(rows)) for _, rows in found)
@@ -90,8 +95,10 @@ def together(
     )
     ends = np.cumsum([0, *widths])
     measure = [
-        statistics(kind, joint[:, start:end], systems[0].labels)[metric]
-        for start, end in itertools.pairwise(ends)
+        statistics(kind, joint[:, start:end], system.labels)[one]
+        for (start, end), (kind, _), system, one in zip(
+            itertools.pairwise(ends), found, systems, metrics, strict=True
+        )
     ]
     whole = counts[None].astype(np.float64)
     values = np.array([float(one(whole)[0]) for one in measure])

@@ -86,11 +86,11 @@ def floor(scorer: Scorer, tasks: Sequence[str]) -> list[Scored]:
     ]
 
 
-def cells_of(scored: Sequence[Scored]) -> list[dict[str, Any]]:
-    """The cells; one with a refitted head among others' says so in its metric."""
+def cells_of(scored: Sequence[Scored], *, mark: bool = True) -> list[dict[str, Any]]:
+    """The cells; with ``mark``, one with a refitted head among others' says so in its metric."""
     return [
         {**one.cell(), "metric": f"{one.metric} ({REFITTED})"}
-        if one.head == REFITTED
+        if mark and one.head == REFITTED
         else one.cell()
         for one in scored
     ]

@@ -48,6 +48,7 @@ class Body:
         identity: decides what it computes: a version, or a hash of the configuration and tensors.
         role: the kind of row it makes: ``brick``, ``merged``, ``ceiling`` or ``floor``.
         tree: the configuration, versions pinned; None for the bare backbone.
+        note: what has to be said wherever its figures are shown; None for nothing.
     """
 
     label: str
@@ -55,6 +56,7 @@ class Body:
     identity: str
     role: str
     tree: Expression | None = None
+    note: str | None = None
 
 
 #: The frozen backbone alone.
@@ -106,6 +108,8 @@ class Scored:
             "head": self.head,
             "key": self.key,
         }
+        if self.body.note is not None:
+            cell["note"] = self.body.note
         return cell if self.source is None else {**cell, "source": self.source}
 
 
@@ -121,6 +125,10 @@ class Scorer:
         evaluation: the ``evaluation`` section.
         seed: seed of training heads and of the bootstrap.
         shelf: what earlier records hold.
+
+    Attributes:
+        found: how many questions earlier records had answered.
+        made: how many were put to the backbone.
     """
 
     def __init__(
@@ -138,6 +146,7 @@ class Scorer:
         self.backbone, self.tasks, self.fingerprints = backbone, tasks, fingerprints
         self.tokenizer, self.trainer, self.evaluation = tokenizer, trainer, evaluation
         self.seed, self.shelf = seed, shelf
+        self.found, self.made = 0, 0
         self._heads: dict[tuple[str, str], Head] = {}
 
     def score(
@@ -172,8 +181,10 @@ class Scorer:
         if found is None:
             examples, source = self._evaluate(body, task, head, rows), None
             self.shelf.keep(key, examples)
+            self.made += 1
         else:
             examples, source = found
+            self.found += source is not None
         scores = examples.scores(bootstrap=self.evaluation["bootstrap"], seed=self.seed)
         return Scored(body, spec, of, key, examples, scores, source)
 

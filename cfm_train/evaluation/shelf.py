@@ -33,8 +33,9 @@ class Shelf:
         self._places = {} if runs is None else _places(runs)
         self._own: dict[str, Examples] = {}
 
-    def find(self, key: str, labels: tuple[str, ...] | None) -> tuple[Examples, str] | None:
-        """The examples under a key and the run that made them, ``<recipe>/<run>``.
+    def find(self, key: str, labels: tuple[str, ...] | None) -> tuple[Examples, str | None] | None:
+        """The examples under a key and the run that made them, ``<recipe>/<run>``; None for this
+        one.
 
         What cannot be read any more (a folder that was emptied, a damaged file) is not there: it is
         evaluated again.
@@ -43,6 +44,8 @@ class Shelf:
             key: see `scorer.key_of`.
             labels: the task's labels.
         """
+        if key in self._own:
+            return self._own[key], None
         folder = self._places.get(key)
         if folder is None:
             return None

@@ -212,16 +212,18 @@ def print_table(runs: Sequence[Planned], records: Mapping[str, Mapping[str, Any]
     from rich.console import Console
     from rich.table import Table
 
+    from cfm_train.tracking.terminal import interval_text, score_text
+
     table = Table("run", "status", "figure", "value", "95 % interval", title=None)
     for run in runs:
         metrics = records.get(run.hash, {}).get("metrics", {})
         first = next((key for key in metrics if key.startswith("test/")), next(iter(metrics), None))
-        figure = metrics.get(first)
+        figure, metric = metrics.get(first), (first or "").rpartition("/")[2]
         table.add_row(
             run.label or run.config["name"],
             run.status,
             first or "",
-            f"{figure['value']:.4f}" if figure else "",
-            f"{figure['low']:.4f} to {figure['high']:.4f}" if figure else "",
+            score_text(figure["value"], metric) if figure else "",
+            interval_text(figure, metric) if figure else "",
         )
     Console(markup=False, highlight=False).print(table)

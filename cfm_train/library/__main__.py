@@ -150,7 +150,8 @@ def _add(library: Library, options: argparse.Namespace) -> None:
     if adapter.aside:
         print(
             f"{len(adapter.aside)} tensors of whole modules ({adapter.aside[0]}, …) are kept for "
-            "export and left out by cfm_train, which puts a head of its own on a backbone."
+            "export and left out by cfm_train, which puts a head of its own on a backbone; where "
+            "the backbone has such a module itself, the brick cannot be opened."
         )
 
 

@@ -18,6 +18,8 @@ from cfm_train.errors import UserError, nearest
 
 FORMAT = 1
 CARD_FILE = "brick.json"
+#: The file of an artifact in which its heads lie, as ``<task>.<tensor>``.
+HEADS_FILE = "heads.safetensors"
 #: The kind of an artifact that holds no tensors but heads: it is made from its parents each time it
 #: is opened.
 STITCH = "stitch"

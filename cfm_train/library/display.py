@@ -13,6 +13,7 @@ from rich.tree import Tree
 
 from cfm_train.errors import UserError
 from cfm_train.library.card import Card
+from cfm_train.library.choice import choice
 from cfm_train.library.lineage import Node
 from cfm_train.library.model_card import main_metric, metric_items
 from cfm_train.library.store import Library
@@ -89,6 +90,7 @@ def show_table(library: Library, card: Card) -> Table:
         ("tokenizer", card.tokenizer or ""),
         ("sites", ", ".join(card.sites)),
         ("configuration", card.expression or ""),
+        ("weights", choice(card)),
         ("parents", ", ".join(f"{p['name']}@{p['version']}" for p in card.parents)),
         ("licence", card.licence or ""),
         *(("head", f"{name}: {_head(head)}") for name, head in card.heads.items()),

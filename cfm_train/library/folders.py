@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cfm_train.errors import UserError
 from cfm_train.library import gate
-from cfm_train.library.card import CARD_FILE, Card
+from cfm_train.library.card import CARD_FILE, STITCH, Card
 from cfm_train.library.identity import version_of
 from cfm_train.library.peft_format import CONFIG_FILE, TENSOR_FILE
 from cfm_train.library.storage import Content, opened
@@ -38,6 +38,11 @@ def export(library: Library, card: Card, folder: Path) -> list[str]:
     Raises:
         UserError: the artifact is not in PEFT's format or damaged, or the folder holds something.
     """
+    if card.kind == STITCH:
+        raise UserError(
+            f"{card.ref} is a stitch, made from its bricks each time it is opened: export the "
+            "bricks, or stitch them again with fold=true, which makes one LoRA of LoRA bricks."
+        )
     if not {CONFIG_FILE, TENSOR_FILE} <= set(card.files):
         raise UserError(
             f"{card.ref} is a '{card.kind}' brick, for which PEFT has no format: use it through "

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from cfm_train.library.card import Card
+from cfm_train.library.choice import choice
 
 FILE = "README.md"
 
@@ -111,6 +112,8 @@ def _summary(card: Card) -> str:
         )
     if card.expression:
         lines.append(f"Its configuration: `{card.expression}`.")
+    if found := choice(card):
+        lines.append(f"Its {found}.")
     if card.sites:
         shown = ", ".join(f"`{site}`" for site in card.sites[:6])
         lines.append(

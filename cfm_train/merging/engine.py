@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -14,9 +16,11 @@ from cfm_train.bricks.heads import Head
 from cfm_train.bricks.lora import LoRA
 from cfm_train.errors import UserError
 from cfm_train.merging.mix import Mix
+from cfm_train.merging.rule import per_input
 from cfm_train.merging.spaces.low_rank import is_dora
+from cfm_train.merging.spaces.parameters import Parameters
 from cfm_train.merging.spaces.space import Entry, Options, Result, Space
-from cfm_train.merging.weights import Weights
+from cfm_train.merging.weights import Weights, check_matched
 
 if TYPE_CHECKING:
     from cfm_train.backbone.load import Backbone
@@ -25,6 +29,19 @@ if TYPE_CHECKING:
 Statistics = Callable[[str], Sequence[Tensor]]
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread for a block: how many share a product or a decomposition shows in the last bits,
+    and so in the version of the merge."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@one_thread()
 @torch.no_grad()
 def merge(
     bricks: Sequence[Brick],
@@ -54,6 +71,11 @@ def merge(
     """
     space = open_space(mix, bricks, backbone)
     given = mix.weights(weights, len(bricks), backbone.sites.layers)
+    check_matched(given.filters, _changed(bricks, space))
+    if not mix.adds_up:
+        space.refuse_overlap()
+    if isinstance(space, Parameters) and not _is_average(space, mix, given):
+        space.refuse_no_origin()
     if not (mix.adds_up and space.add_up(given.at)):
         _merge_entries(
             space, mix, given, sources or [str(i) for i in range(len(bricks))], statistics
@@ -95,28 +117,62 @@ def _merge_entries(
             f"rule={mix.rule.kind} goes by {mix.rule.needs} statistics of weights, and merge.space="
             f"{space.kind} has no weights: use low-rank bricks and merge.space=delta."
         )
+    if mix.rule.ranks and space.flat:
+        raise UserError(
+            f"rule={mix.rule.kind} keeps the largest singular values of an update, and in "
+            f"merge.space={space.kind} all are alike: use merge.space=delta or merge.space=core."
+        )
     for group in mix.groups([(entry.name, entry.site) for entry in entries]):
         members = [entries[number] for number in group]
-        if len(members) == 1:
-            _merge_one(space, members[0], mix, given, sources, statistics)
-        else:
-            _merge_group(space, members, mix, given, sources)
+        merge_members(space, members, mix, given, sources, statistics)
+
+
+class Taker(Protocol):
+    """What merged updates are put into: a space, or the files of a whole model."""
+
+    def put(self, entry: Entry, merged: Tensor) -> None:
+        """Takes up one entry's merged update; λ is applied here."""
+
+
+def merge_members(
+    taker: Taker,
+    members: Sequence[Entry],
+    mix: Mix,
+    given: Weights,
+    sources: Sequence[str],
+    statistics: Statistics | None = None,
+) -> None:
+    """Merges one group of entries, as many as the mix's scope takes at once.
+
+    Args:
+        taker: what the results are put into.
+        members: the group.
+        mix: the merge.
+        given: the weights wherever they are asked for.
+        sources: name and version of each input.
+        statistics: of a site's weight, for rules that need them.
+
+    Raises:
+        UserError: the rule cannot merge them.
+    """
+    if len(members) == 1:
+        _merge_one(taker, members[0], mix, given, sources, statistics)
+    else:
+        _merge_group(taker, members, mix, given, sources)
 
 
 def _merge_one(
-    space: Space,
+    space: Taker,
     entry: Entry,
     mix: Mix,
     given: Weights,
     sources: Sequence[str],
     statistics: Statistics | None,
 ) -> None:
-    updates = entry.load()
+    updates = _updates(entry, mix)
     weights = _weights(entry, mix, given, updates)
-    if mix.rule.needs is None:
+    if mix.rule.needs is None or not entry.statistics:
         space.put(entry, mix.merge_updates(updates, weights, entry.name, sources))
-    elif not entry.statistics:
-        space.put(entry, mix.rule.combine_vectors(updates, weights))
     elif statistics is None:
         raise UserError(
             f"rule={mix.rule.kind} needs {mix.rule.needs} statistics of every brick: run "
@@ -128,10 +184,10 @@ def _merge_one(
 
 
 def _merge_group(
-    space: Space, members: Sequence[Entry], mix: Mix, given: Weights, sources: Sequence[str]
+    space: Taker, members: Sequence[Entry], mix: Mix, given: Weights, sources: Sequence[str]
 ) -> None:
     """Several tensors as one long vector: their magnitudes and angles are taken over all of it."""
-    loaded = [entry.load() for entry in members]
+    loaded = [_updates(entry, mix) for entry in members]
     dtype = torch.float64 if any(t.dtype == torch.float64 for t in loaded) else torch.float32
     flat = torch.cat([one.reshape(len(one), -1).to(dtype) for one in loaded], dim=1)
     each = [_weights(entry, mix, given, flat) for entry in members]
@@ -149,9 +205,31 @@ def _merge_group(
         space.put(entry, part.view(one.shape[1:]))
 
 
+def _updates(entry: Entry, mix: Mix) -> Tensor:
+    """An entry's updates; the roots of the scales are in them where they are in no weight."""
+    updates = entry.load()
+    if not entry.scales or mix.rule.multiplies:
+        return updates
+    roots = torch.tensor(entry.scales, dtype=updates.dtype, device=updates.device).sqrt()
+    return updates * per_input(roots, updates)
+
+
 def _weights(entry: Entry, mix: Mix, given: Weights, like: Tensor) -> Tensor:
     weights = mix.factor_weights(given.at(entry.site), entry.part, entry.scales)
     return torch.tensor(weights, dtype=like.dtype, device=like.device)
+
+
+def _changed(bricks: Sequence[Brick], space: Space) -> set[str]:
+    """What filters may match: the bricks' sites, or parameters that belong to none."""
+    sites = {site for brick in bricks for site in brick.site_names}
+    own = space.entries() if isinstance(space, Parameters) else ()
+    return sites | {entry.site for entry in own}
+
+
+def _is_average(space: Parameters, mix: Mix, given: Weights) -> bool:
+    """Whether the result is an average, the same wherever updates are measured from."""
+    sums = (math.fsum(given.at(entry.site)) for entry in space.entries())
+    return mix.adds_up and mix.scale == 1 and all(abs(one - 1) < 1e-6 for one in sums)
 
 
 def carry_heads(bricks: Sequence[Brick], merged: Brick) -> None:

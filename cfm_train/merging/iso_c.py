@@ -18,6 +18,7 @@ class IsoC(Rule):
     """Isotropic merging in the common space; vectors are averaged. λ is ``merge.scale``."""
 
     matrices = True
+    multiplies = True
     promises = frozenset({"permutation", "off"})
 
     def combine(self, updates: Tensor, weights: Tensor, facts: Facts) -> Tensor:

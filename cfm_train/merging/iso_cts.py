@@ -28,6 +28,8 @@ class IsoCTS(Rule):
     """
 
     matrices = True
+    multiplies = True
+    ranks = True
     promises = frozenset({"permutation", "off"})
 
     def __init__(self, common_space_fraction: Fraction) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from cfm_train.config.types import Positive, Rate
 from cfm_train.errors import UserError
 from cfm_train.merging import sphere
+from cfm_train.merging.fisher import check_positive
 from cfm_train.merging.rule import Facts, Rule, shares
 
 
@@ -27,6 +28,7 @@ class Karcher(Rule):
         tolerance: length of a step, in radians, at which it stands still.
     """
 
+    needs_base = False
     promises = frozenset({"identity", "permutation", "idempotent", "off"})
 
     def __init__(self, max_iter: Positive, tolerance: Rate) -> None:
@@ -37,8 +39,10 @@ class Karcher(Rule):
         """See the class; an update of zeros has length 0 and no direction.
 
         Raises:
-            UserError: the directions cancel, or the iteration does not come to rest.
+            UserError: a weight is negative, the directions cancel, or the iteration does not come
+                to rest.
         """
+        check_positive(weights, self.kind)
         share = shares(weights, self.kind).double().cpu()
         lengths, cosines = sphere.directions(updates)
         some = lengths > 0

@@ -16,7 +16,9 @@ class Linear(Rule):
     """The weighted sum."""
 
     linear = True
+    multiplies = True
     elementwise = True
+    needs_base = False
     promises = frozenset({"identity", "permutation", "cancel", "idempotent", "off"})
 
     def combine(self, updates: Tensor, weights: Tensor, facts: Facts) -> Tensor:

@@ -14,6 +14,7 @@ from cfm_train.merging.rule import Facts, Rule
 class MagMax(Rule):
     """The largest number wins; λ is ``merge.scale``. It takes no weights."""
 
+    weightless = True
     elementwise = True
     promises = frozenset({"identity", "permutation", "idempotent", "off"})
 

@@ -81,8 +81,13 @@ class Mix:
     def factor_weights(
         self, weights: Sequence[float], part: str, scales: Sequence[float]
     ) -> list[float]:
-        """The weights of one factor of low-rank updates: their root on both sides with ``sqrt``."""
-        if self.fold != "sqrt" or part not in ("A", "B"):
+        """The weights of one factor of low-rank updates: with ``sqrt`` the roots of weight times
+        scale on both sides, which multiply to the whole.
+
+        A rule that averages does not multiply by its weights, so it is given them as they are, and
+        the scales lie in the factors (`engine`).
+        """
+        if self.fold != "sqrt" or part not in ("A", "B") or not self.rule.multiplies:
             return list(weights)
         whole = [w * s for w, s in zip(weights, scales or [1.0] * len(weights), strict=True)]
         return [math.copysign(abs(w) ** 0.5, w if part == "A" else 1.0) for w in whole]
@@ -102,7 +107,8 @@ class Mix:
             weights: ``[N]``, or of the updates' shape.
             name: of the tensor or group: what is drawn depends on it.
             sources: what each input is (name and version).
-            statistics: one for each input where the rule needs them.
+            statistics: one for each input where the rule needs them; none for a tensor that has
+                none, such as a bias.
 
         Returns:
             ``[*shape]`` in the updates' dtype.
@@ -112,7 +118,7 @@ class Mix:
         )
         kept = self.sparsifier.sparsify(updates, generators)
         rule = self.rule
-        if rule.matrices and updates.ndim != 3:
+        if (rule.matrices and updates.ndim != 3) or (rule.needs is not None and not statistics):
             return rule.combine_vectors(kept, weights)
         if not rule.elementwise:
             weights = one_each(weights)

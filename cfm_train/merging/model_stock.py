@@ -20,6 +20,7 @@ from cfm_train.merging.rule import Facts, Rule
 class ModelStock(Rule):
     """The mean times a ratio from the angles; each update is one vector. It takes no weights."""
 
+    weightless = True
     fewest = 2
     promises = frozenset({"permutation", "idempotent", "off"})
 

@@ -19,6 +19,7 @@ from cfm_train.merging.rule import Facts, Rule, shares
 class MultiSlerp(Rule):
     """Weighted mean of directions times weighted mean of lengths, each update as one vector."""
 
+    needs_base = False
     promises = frozenset({"identity", "permutation", "idempotent", "off"})
 
     def combine(self, updates: Tensor, weights: Tensor, facts: Facts) -> Tensor:

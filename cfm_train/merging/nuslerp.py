@@ -16,9 +16,6 @@ from cfm_train.merging import sphere
 from cfm_train.merging.rule import Facts, Rule, shares
 from cfm_train.merging.slerp import arc
 
-#: mergekit's: from here on float64 cannot tell the angle from a straight one.
-_STRAIGHT = 1 - 5e-17
-
 
 class NuSlerp(Rule):
     """Spherical interpolation of two updates, part by part.
@@ -31,6 +28,7 @@ class NuSlerp(Rule):
     matrices = True
     fewest = 2
     most = 2
+    needs_base = False
     promises = frozenset({"permutation", "idempotent", "off"})
 
     def __init__(self, along: Literal["all", "rows", "columns"]) -> None:
@@ -46,11 +44,11 @@ class NuSlerp(Rule):
         lengths = one.norm(dim=dim, keepdim=True) * two.norm(dim=dim, keepdim=True)
         product = (one * two).sum(dim, keepdim=True)
         cosine = (product / torch.where(lengths > 0, lengths, 1.0)).clamp(-1, 1)
-        first, second = arc(cosine.cpu(), t, _STRAIGHT).to(one)
+        first, second = arc(cosine.cpu(), t, 1.0).to(one)
         return (first * one + second * two).to(updates.dtype)
 
     def combine_vectors(self, updates: Tensor, weights: Tensor) -> Tensor:
         """The tensor as one vector."""
         t = shares(weights, self.kind)[1]
         _, cosines = sphere.directions(updates)
-        return sphere.add_up(updates, arc(cosines[0, 1], t, _STRAIGHT))
+        return sphere.add_up(updates, arc(cosines[0, 1], t, 1.0))

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from cfm_train.errors import UserError
@@ -52,21 +51,32 @@ class Rule(ABC):
         kind: the rule's name, that of its file.
         linear: whether the result is the sum of weight times update, whatever the updates are: such
             a rule never needs low-rank updates multiplied out.
+        weightless: whether it takes no weights.
         elementwise: whether a number of the result depends on the same place of the inputs alone.
         matrices: whether it needs whole matrices ``[out, in]``; vectors go to `combine_vectors`.
         fewest, most: how many inputs it takes.
         needs: the statistics it needs, ``fisher`` or ``gram``; None for none.
+        needs_base: whether it means differences to a base, so that whole models cannot be merged
+            without one; the others take parameters as well.
+        ranks: whether it keeps the largest singular values of a matrix.
+        multiplies: whether twice the weights give twice the result; no rule that averages does.
         promises: names from `PROMISES` that hold for it when nothing is sparsified.
+
+    The last two may depend on a rule's arguments.
     """
 
     kind: ClassVar[str]
     linear: ClassVar[bool] = False
+    weightless: ClassVar[bool] = False
     elementwise: ClassVar[bool] = False
     matrices: ClassVar[bool] = False
     fewest: ClassVar[int] = 1
     most: ClassVar[int | None] = None
     needs: ClassVar[str | None] = None
-    promises: ClassVar[frozenset[str]] = frozenset()
+    needs_base: ClassVar[bool] = True
+    ranks: ClassVar[bool] = False
+    multiplies: bool = False
+    promises: frozenset[str] = frozenset()
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -99,10 +109,16 @@ class Rule(ABC):
 
 
 def weighted_sum(updates: Tensor, weights: Tensor) -> Tensor:
-    """``Σ wᵢ τᵢ`` over the first dimension, ``[*shape]``."""
-    if weights.ndim == 1:
-        return torch.tensordot(weights, updates, dims=1)
-    return (updates * weights).sum(0)
+    """``Σ wᵢ τᵢ`` over the first dimension, ``[*shape]``.
+
+    Added up in order, so that no number depends on how many others are summed beside it.
+    """
+    if weights.ndim > 1:
+        return (updates * weights).sum(0)
+    total = updates[0] * weights[0]
+    for update, weight in zip(updates[1:], weights[1:].tolist(), strict=True):
+        total.add_(update, alpha=weight)
+    return total
 
 
 def shares(weights: Tensor, rule: str) -> Tensor:

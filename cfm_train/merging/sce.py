@@ -23,11 +23,14 @@ class SCE(Rule):
             for all numbers.
     """
 
+    weightless = True
     fewest = 2
     promises = frozenset({"permutation", "off"})
 
     def __init__(self, select_topk: Fraction) -> None:
         self.select_topk = select_topk
+        if select_topk == 1:  # else nothing stays of updates that do not differ
+            self.promises = self.promises | {"idempotent"}
 
     def combine(self, updates: Tensor, weights: Tensor, facts: Facts) -> Tensor:
         """See the class; a number on which no update agrees is zero."""

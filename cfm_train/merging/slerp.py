@@ -16,6 +16,9 @@ from cfm_train.config.types import Fraction
 from cfm_train.merging import sphere
 from cfm_train.merging.rule import Facts, Rule, shares
 
+#: Of a squared sine in float64.
+_ROUNDING = 1e-14
+
 
 class Slerp(Rule):
     """Spherical interpolation of two updates, each taken as one vector.
@@ -26,6 +29,7 @@ class Slerp(Rule):
 
     fewest = 2
     most = 2
+    needs_base = False
     promises = frozenset({"permutation", "idempotent", "off"})
 
     def __init__(self, dot_threshold: Fraction) -> None:
@@ -44,14 +48,16 @@ def arc(cosine: Tensor, t: Tensor, threshold: float) -> Tensor:
     Args:
         cosine: ``[*shape]`` float64, of the angle between them.
         t: a number, 0 for the first.
-        threshold: from this absolute cosine on they are ``1 - t`` and ``t``.
+        threshold: from this absolute cosine on they are ``1 - t`` and ``t``; 1 for where float64
+            cannot tell the angle from a straight one.
 
     Returns:
         ``[2, *shape]`` float64.
     """
     t = t.double().cpu()
     angle = cosine.acos()
-    straight = (cosine.abs() > threshold) | (angle.sin() == 0)
+    # Of opposite vectors the sine is not zero but rounding, and no plane is theirs.
+    straight = (cosine.abs() > threshold) | (1 - cosine.square() <= _ROUNDING)
     sine = torch.where(straight, 1.0, angle.sin())
     first = torch.where(straight, 1 - t, ((1 - t) * angle).sin() / sine)
     second = torch.where(straight, t, (t * angle).sin() / sine)

@@ -14,6 +14,7 @@ class TaskArithmetic(Rule):
     """The sum of the updates; λ is ``merge.scale``."""
 
     linear = True
+    multiplies = True
     elementwise = True
     promises = frozenset({"identity", "permutation", "cancel", "off"})
 

@@ -22,6 +22,8 @@ class TSV(Rule):
     """
 
     matrices = True
+    multiplies = True
+    ranks = True
     promises = frozenset({"identity", "permutation", "off"})
 
     def combine(self, updates: Tensor, weights: Tensor, facts: Facts) -> Tensor:

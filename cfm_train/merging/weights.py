@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cfm_train.backbone.sites import fits
@@ -131,3 +131,21 @@ def check_filters(filters: object, count: int) -> dict[str, tuple[Weight, ...]]:
             raise UserError(f"merge.filters has '{one[0]}' twice.")
         found[one[0]] = check_weights(one[1:], count, f"merge.filters '{one[0]}'")
     return found
+
+
+def check_matched(patterns: Iterable[str], sites: Collection[str]) -> None:
+    """Refuses a filter that nothing has a use for.
+
+    Args:
+        patterns: of the filters.
+        sites: what the inputs change.
+
+    Raises:
+        UserError: a pattern matches none of them.
+    """
+    for pattern in patterns:
+        if not any(fits(pattern, site) for site in sites):
+            raise UserError(
+                f"merge.filters: '{pattern}' matches nothing that the bricks change, such as "
+                f"'{min(sites)}'."
+            )

@@ -35,12 +35,15 @@ class Wudi(Rule):
         learning_rate: of Adam.
     """
 
+    weightless = True
     matrices = True
     promises = frozenset({"identity", "permutation", "off"})
 
     def __init__(self, steps: Positive | None, learning_rate: Rate) -> None:
         self.steps = steps
         self.learning_rate = learning_rate
+        if steps is None:  # Adam starts at the sum, twice the update
+            self.promises = self.promises | {"idempotent"}
 
     def combine(self, updates: Tensor, weights: Tensor, facts: Facts) -> Tensor:
         """See the class; in float64. An update of zeros asks for nothing."""

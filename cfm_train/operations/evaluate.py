@@ -43,13 +43,18 @@ def check(config: dict[str, Any]) -> Inputs:
 
 def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     """Fills the matrix and returns the record's own part."""
+    from cfm_train.data.tasks import HEADED
     from cfm_train.evaluation.matrix import cells_of, figures_of, floor, row
     from cfm_train.evaluation.shelf import Shelf
     from cfm_train.operations.scene import open_scene
     from cfm_train.operations.setting import tracked
+    from cfm_train.tracking.comparison_tables import cells
 
     scene = open_scene(config, inputs, Shelf(None))
     tasks = list(inputs.tasks)
+    for name, task in inputs.tasks.items():
+        if task.spec.type in HEADED and name not in scene.heads:
+            print(f"{name}: no brick brings a head; one is refitted on each brick", flush=True)
     with tracked(config, folder) as wandb:
         rows = [row(scene.scorer, body, tasks, scene.heads) for body in scene.bodies]
         matrix = [cell for scored in rows for cell in cells_of(scored)]
@@ -59,16 +64,13 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
             metrics |= {f"{start}{k}": v for k, v in figures_of(scored).items()}
         if config["evaluation"]["head_only"]:
             matrix += cells_of(floor(scene.scorer, tasks))
+        for body in scene.bodies:
+            if body.note is not None:
+                print(f"{body.label} {body.note}")
         record = scene.record(inputs.selection, folder)
-        wandb.table("matrix", *table_of(matrix))
+        wandb.table("matrix", *cells(matrix))
         wandb.summary({name: figure["value"] for name, figure in metrics.items()})
     return {**record, "metrics": metrics, "matrix": matrix, "wandb": wandb.as_record()}
-
-
-def table_of(cells: list[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
-    """Cells as the columns and rows of a table."""
-    columns = ["brick", "task", "metric", "value", "low", "high", "n", "role", "head", "source"]
-    return columns, [[cell.get(column) for column in columns] for cell in cells]
 
 
 def role_of(card: Any) -> str:

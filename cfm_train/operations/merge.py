@@ -1,4 +1,8 @@
-"""Make one brick from several; the new brick names its parents with their versions."""
+"""Make one brick from several; the new brick names its parents with their versions.
+
+With ``search`` the weights are found first, and the merge is judged on test rows (`sought`,
+`bench`, `found`).
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,10 @@ from cfm_train.errors import UserError
 from cfm_train.library.card import Card, check_name
 from cfm_train.library.sidecar import Sidecar
 from cfm_train.merging import sidecars
-from cfm_train.merging.weights import check_filters, check_weights
+from cfm_train.merging.weights import check_filters, check_matched, check_weights
 from cfm_train.operations.selection import Selection, select
+from cfm_train.operations.sought import Sought
+from cfm_train.operations.sought import check as check_search
 from cfm_train.tracking.wandb_run import resolve_mode
 
 #: Kinds that stand for a configuration: what they are made of decides.
@@ -28,18 +34,20 @@ class Inputs:
 
     Attributes:
         selection: bricks and backbone.
-        tree: the merge with all its parameters.
-        section: the parameters alone.
+        section: the merge's parameters.
+        weights: one for each brick; None for a rule that takes none.
         statistic: the statistics that the rule needs; None for none.
         sidecars: where those of each brick lie.
+        sought: what finding weights needs; None where they are given.
         fingerprints: content hashes for the config hash.
     """
 
     selection: Selection
-    tree: Call
     section: dict[str, Any]
+    weights: Any
     statistic: str | None
     sidecars: list[Sidecar]
+    sought: Sought | None
     fingerprints: dict[str, str]
 
 
@@ -59,19 +67,29 @@ def check(config: dict[str, Any]) -> Inputs:
     merging.check_count(rule, count)
     weights = merging.default_weights(config["weights"], count, section["equal"], rule)
     check_weights(weights, count)
-    check_filters(section["filters"], count)
+    filters = check_filters(section["filters"], count)
     check_cards(list(selection.cards.values()), section)
-    parameters = {k: v for k, v in section.items() if k != "rule"}
-    if section["equal"] is not None:
-        parameters["weights"] = weights
-    tree = Call("merge", rule, tuple(selection.trees), tuple(parameters.items()))
+    if {card.kind for card in selection.cards.values()} == {"lora"}:
+        check_matched(filters, {site for c in selection.cards.values() for site in c.sites})
     fingerprints = dict(selection.fingerprints)
     kind, found = sidecars.needed_by(rule), []
     if kind is not None:
         found = sidecars.find(kind, selection.trees, selection.cards, selection.library)
         fingerprints |= {f"{kind}/{i}": sidecars.fingerprint(f, kind) for i, f in enumerate(found)}
+    sought = check_search(config, selection, section)
+    if sought is not None:
+        fingerprints |= sought.fingerprints
     selection.library.check_writable()
-    return Inputs(selection, tree, section, kind, found, fingerprints)
+    given = None if section["equal"] is None else weights
+    return Inputs(selection, section, given, kind, found, sought, fingerprints)
+
+
+def tree_of(selection: Selection, section: Mapping[str, Any], weights: Any) -> Call:
+    """The merge with all its parameters written out."""
+    parameters = {k: v for k, v in section.items() if k != "rule"}
+    if weights is not None:
+        parameters["weights"] = weights
+    return Call("merge", section["rule"], tuple(selection.trees), tuple(parameters.items()))
 
 
 def check_cards(cards: Sequence[Card], section: Mapping[str, Any]) -> None:
@@ -86,6 +104,8 @@ def check_cards(cards: Sequence[Card], section: Mapping[str, Any]) -> None:
             f"Bricks of the kinds {' and '.join(kinds)} cannot be merged: use one kind, or plug "
             "both (recipe=stitch/sum)."
         )
+    if kinds:
+        merging.check_together(section, low_rank=kinds == ["lora"])
     space = section["space"]
     needs = sidecars.needed_by(section["rule"])
     if needs is not None and space not in ("auto", "delta"):
@@ -103,6 +123,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     """Merges and stores; returns the record's own part."""
     from cfm_train.bricks.stored import store
     from cfm_train.configuration.apply import assemble, plain
+    from cfm_train.evaluation.scorer import Body, identity_of
     from cfm_train.merging.engine import merge
     from cfm_train.merging.invariants import try_promises
     from cfm_train.merging.mix import make_mix
@@ -120,14 +141,31 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     backbone, before = open_backbone(selection.backbone, selection.section)
     opened = [assemble(tree, selection.library, backbone) for tree in selection.trees]
     bodies = [plain(brick, backbone) for brick in opened]
-    mix = make_mix(inputs.section)
-    tree = inputs.tree
-    weights = merging.thawed(dict(tree.params)).get("weights")
+    section, weights = inputs.section, inputs.weights
     sources = [str(part) for part in selection.trees]
     statistics = None
     if inputs.statistic is not None:
         statistics = sidecars.read(inputs.sidecars, inputs.statistic)
+    found, reported = None, None
     with tracked(config, folder) as wandb:
+        if inputs.sought is not None:
+            from cfm_train.operations.bench import Bench
+            from cfm_train.operations.found import find, report
+
+            bench = Bench(
+                bodies,
+                backbone,
+                section,
+                weights,
+                sought=inputs.sought,
+                labels=selection.labels,
+                sources=sources,
+                statistics=statistics,
+                seed=config["seed"],
+            )
+            found = find(bench, wandb, folder)
+            section, weights = found.section, found.weights
+        mix, tree = make_mix(section), tree_of(selection, section, weights)
         result = merge(bodies, weights, mix, backbone, sources=sources, statistics=statistics)
         merged = result.brick
         parents = [
@@ -137,6 +175,13 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
         promises = try_promises(
             bodies, weights, mix, backbone, sources=sources, statistics=statistics
         )
+        recipe = {**config, "backbone": selection.section, "parents": recipes}
+        if inputs.sought is not None and found is not None:
+            recipe["search"] = {**config["search"], **found.choice}
+            body = Body(
+                config["name"], merged, identity_of(tree, merged), "merged", tree, found.note
+            )
+            reported = report(body, config, inputs.sought, selection, backbone, wandb, folder)
         card = store(
             merged,
             selection.library,
@@ -146,8 +191,9 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
             expression=str(tree),
             parents=parents,
             tokenizer=tokenizer_hash(selection.backbone.folder),
-            recipe={**config, "backbone": selection.section, "parents": recipes},
+            recipe=recipe,
             data=[entry for c in selection.cards.values() for entry in c.data],
+            metrics={} if reported is None else reported.metrics,
             run=folder.name,
         )
         same = unchanged(backbone, before, selection.backbone)
@@ -158,6 +204,8 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
             {"version": card.version, "expression": str(tree)},
         )
     print(f"{card.ref} = {tree}")
+    if found is not None:
+        print(found.line())
     if result.lost is not None:
         rank = merged.hyper["rank"]
         print(f"cut to rank {rank}: up to {result.lost:.1%} of a site's update (norm) left out")
@@ -177,6 +225,8 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     return {
         "brick": brick_entry(card, selection.library, weighted),
         **entries,
+        **(found.record() if found is not None else {}),
+        **(reported.record() if reported is not None else {}),
         "cost": {
             "peak_memory_bytes": peak_memory(),
             "trainable_parameters": sum(p.numel() for p in merged.parameters()),

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from cfm_train.backbone.fingerprint import tokenizer_hash
 from cfm_train.config.compose import option
 from cfm_train.configuration.apply import assemble
-from cfm_train.configuration.expression import Expression
+from cfm_train.configuration.expression import Expression, bricks
 from cfm_train.data.encode import encode
 from cfm_train.evaluation.matrix import Bring, heads_of
 from cfm_train.evaluation.scorer import Body, Scorer, identity_of
 from cfm_train.evaluation.shelf import Shelf
+from cfm_train.library.choice import note
 from cfm_train.operations.evaluate import Inputs, role_of
 from cfm_train.operations.selection import Selection
 from cfm_train.operations.setting import (
@@ -56,7 +57,9 @@ class Scene:
         brick = assemble(tree, selection.library, self.backbone)
         self.seconds[label] = time.perf_counter() - started
         role = role_of(selection.card_of(tree))
-        return Body(label, brick, identity_of(tree, brick), role, tree)
+        notes = [note(selection.cards[str(ref)].recipe) for ref in bricks(tree)]
+        said = next(filter(None, notes), None)
+        return Body(label, brick, identity_of(tree, brick), role, tree, said)
 
     def record(self, selection: Selection, folder: Path) -> dict[str, Any]:
         """The part of the record that every evaluation has; writes the examples' file."""

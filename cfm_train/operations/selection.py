@@ -26,6 +26,7 @@ from cfm_train.errors import UserError, nearest
 from cfm_train.library import gate
 from cfm_train.library.card import Card
 from cfm_train.library.store import Library
+from cfm_train.stitching.cards import check_tree
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ def select(config: Mapping[str, Any]) -> Selection:
     """Finds the bricks that ``bricks`` names and the backbone they need.
 
     Raises:
-        UserError: a brick is missing, or they need different backbones, or none can be found.
+        UserError: a brick is missing, or they need different backbones, or none can be found; or a
+            stitch in a configuration cannot be.
     """
     if not config["bricks"]:
         raise UserError("bricks is empty: name at least one, as in bricks=[sst2].")
@@ -74,6 +76,8 @@ def select(config: Mapping[str, Any]) -> Selection:
     found = fingerprint(backbone.folder)
     for card in read:
         gate.require_backbone(card, found, backbone.id)
+    for tree in trees:
+        check_tree(tree, library)
     labels = [str(parse(text)) for text in config["bricks"]]
     twice = {label for label in labels if labels.count(label) > 1}
     if twice:

@@ -84,5 +84,6 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
             "peak_memory_bytes": max(r["cost"]["peak_memory_bytes"] or 0 for r in parts),
         },
         "matrix": last["matrix"],
+        **{key: last[key] for key in ("refitted", "comparison") if key in last},
         "drawn_with": [str(path) for _, path in records],
     }

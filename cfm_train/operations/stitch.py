@@ -19,7 +19,7 @@ from cfm_train.data.sources import Checked
 from cfm_train.errors import UserError
 from cfm_train.library.card import check_name
 from cfm_train.operations.selection import Selection, agree, find_tasks, select
-from cfm_train.stitching.cards import check_fold, check_trees
+from cfm_train.stitching.cards import check_fold, check_heads, check_trees
 from cfm_train.stitching.mode import mode_of
 from cfm_train.tracking.wandb_run import resolve_mode
 
@@ -53,7 +53,9 @@ def check(config: dict[str, Any]) -> Inputs:
     selection = select(config)
     if len(selection.trees) < 2:
         raise UserError("A stitch needs at least two bricks, as in bricks=[lang,sst2].")
+    tree = Call("stitch", None, tuple(selection.trees), (("mode", mode.name),))
     parts = check_trees(mode, selection.trees, selection.labels, selection.library)
+    check_heads(tree, selection.library)
     if config["fold"]:
         check_fold(parts)
     cards = list(selection.cards.values())
@@ -70,7 +72,6 @@ def check(config: dict[str, Any]) -> Inputs:
     fingerprints = dict(selection.fingerprints)
     for name, task in tasks.items():
         fingerprints |= {f"data/{name}/{k}": v for k, v in task.fingerprints.items()}
-    tree = Call("stitch", None, tuple(selection.trees), (("mode", mode.name),))
     return Inputs(selection, tree, tasks, fingerprints)
 
 
@@ -82,7 +83,6 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     from cfm_train.data.encode import encode
     from cfm_train.evaluation.scorer import Scorer
     from cfm_train.evaluation.shelf import Shelf
-    from cfm_train.operations.evaluate import table_of
     from cfm_train.operations.setting import (
         backbone_entries,
         brick_entry,
@@ -95,6 +95,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     from cfm_train.stitching.fold import fold
     from cfm_train.stitching.promises import HALF, TOLERANCE, order_effect, promises, relative
     from cfm_train.stitching.stitch import stitch_bricks
+    from cfm_train.tracking.comparison_tables import cells
     from cfm_train.training.cost import peak_memory
 
     selection = inputs.selection
@@ -157,7 +158,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
         )
         metrics |= found.metrics
         if found.matrix:
-            wandb.table("matrix", *table_of(found.matrix))
+            wandb.table("matrix", *cells(found.matrix))
         wandb.summary({name: figure["value"] for name, figure in metrics.items()})
         wandb.artifact(
             card.name,
@@ -169,7 +170,9 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     effect = metrics["order effect"]["value"]
     print(f"order effect: the opposite order changes {effect:.1%} of what the stitch changes")
     if made.mode.tokens:
-        print(f"virtual tokens: {made.virtual_tokens()}, in the order of the bricks")
+        print(
+            f"virtual tokens: {made.virtual_tokens()}, prefixes first, in the order of the bricks"
+        )
     for line in found.lines:
         print(line)
     entries = backbone_entries(backbone, same)

@@ -14,12 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cfm_train.backbone.fingerprint import fingerprint, tokenizer_hash
+from cfm_train.backbone.fingerprint import fingerprint
+from cfm_train.backbone.folders import check_room, look_at
+from cfm_train.backbone.named import same_tokenizer
+from cfm_train.backbone.tensors import size_of
 from cfm_train.errors import UserError
-from cfm_train.library.card import Card, check_name
+from cfm_train.library.card import check_name
 from cfm_train.library.store import Library
-from cfm_train.stitching.layers.sources import Slice, read_slices, same_tokenizer
-from cfm_train.stitching.layers.writing import check_room, size_of, write_backbone
+from cfm_train.operations.made_backbone import parents_of, store_backbone
+from cfm_train.stitching.layers.sources import Slice, read_slices
+from cfm_train.stitching.layers.writing import write_backbone
 from cfm_train.tracking.wandb_run import resolve_mode
 
 STITCH_FILE = "stitch.json"
@@ -57,7 +61,7 @@ def check(config: dict[str, Any]) -> Inputs:
     slices = read_slices(config["slices"])
     sources = list({s.source.label: s.source for s in slices}.values())
     for other in sources[1:]:
-        same_tokenizer(sources[0], other)
+        same_tokenizer(sources[0].backbone, other.backbone)
         kinds = [one.backbone.config["model_type"] for one in (sources[0], other)]
         if kinds[0] != kinds[1]:
             raise UserError(
@@ -77,28 +81,14 @@ def check(config: dict[str, Any]) -> Inputs:
     }
     text = json.dumps(stitch, indent=2, sort_keys=True) + "\n"
     out = Path(config["out"]).expanduser().absolute()
-    written = _look_at(out, text)
+    written = look_at(out, STITCH_FILE, text)
     taken = [layer for s in slices for layer in s.source.layers[s.start : s.stop]]
     around = max(size_of(source.around) for source in sources) * (2 if config["untie"] else 1)
-    check_room(out, sum(map(size_of, taken)) + around)
+    check_room(out, sum(map(size_of, taken)) + around, "the stitched model")
     library = Library(config["library"])
     library.check_writable()
     fingerprints = {f"backbone/{s.label}": s.fingerprint for s in sources}
     return Inputs(slices, library, out, text, written, fingerprints)
-
-
-def _look_at(out: Path, text: str) -> bool:
-    """Whether the folder holds this very stitch already.
-
-    Raises:
-        UserError: something else is there.
-    """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    note = out / STITCH_FILE
-    if note.is_file() and note.read_text(encoding="utf-8") == text:
-        return True
-    raise UserError(f"out: {out} is there already: choose a new folder, or delete it.")
 
 
 def rehearse(config: dict[str, Any], inputs: Inputs) -> None:
@@ -134,22 +124,19 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     )
     made = fingerprint(inputs.out)
     expression = f"stitch([{', '.join(map(str, inputs.slices))}])"
-    parents = _parents(inputs, made)
+    parents = parents_of({s.source.fingerprint for s in inputs.slices}, made, inputs.library)
     with tracked(config, folder) as wandb:
-        card = inputs.library.add(
-            {STITCH_FILE: inputs.stitch.encode()},
-            Card(
-                name=config["name"],
-                kind="backbone",
-                backbone_id=inputs.out.name,
-                tokenizer=tokenizer_hash(inputs.out),
-                operation="stitch",
-                expression=expression,
-                parents=parents,
-                recipe=config,
-                interface={"fingerprint": made, **json.loads(inputs.stitch)},
-                run=folder.name,
-            ),
+        card = store_backbone(
+            inputs.out,
+            inputs.library,
+            note=(STITCH_FILE, inputs.stitch),
+            made=made,
+            name=config["name"],
+            operation="stitch",
+            expression=expression,
+            parents=parents,
+            recipe=config,
+            run=folder.name,
         )
         wandb.artifact(
             card.name, "backbone", inputs.library.folder(card), {"version": card.version}
@@ -174,13 +161,3 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
         "cost": {"peak_memory_bytes": peak_memory()},
         "wandb": wandb.as_record(),
     }
-
-
-def _parents(inputs: Inputs, made: str) -> list[dict[str, str]]:
-    """The sources that are artifacts of this library themselves, by fingerprint."""
-    wanted = {s.source.fingerprint for s in inputs.slices} - {made}  # all layers: the model itself
-    found = []
-    for card in inputs.library.cards():
-        if card.kind == "backbone" and card.interface.get("fingerprint") in wanted:
-            found.append({"name": card.name, "version": card.version})
-    return found

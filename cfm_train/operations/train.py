@@ -17,7 +17,7 @@ from cfm_train.errors import UserError
 from cfm_train.library.card import check_name
 from cfm_train.library.store import Library
 from cfm_train.operations import trained
-from cfm_train.operations.evaluate import table_of
+from cfm_train.tracking.comparison_tables import cells
 from cfm_train.tracking.wandb_run import resolve_mode
 
 if TYPE_CHECKING:
@@ -83,6 +83,8 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     tasks = _encode(inputs, backbone)
     for name, task in inputs.tasks.items():
         print(trained.rows_line(task, tasks[name]), flush=True)
+        if line := trained.turns_line(task, backbone.tokenizer):
+            print(line, flush=True)
     bare = probe(backbone, tasks)
     reseed(config["seed"], "brick")
     brick = make_brick(config["brick"]).build(backbone)
@@ -149,7 +151,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
             matrix += floor.cells("frozen backbone", "floor")
         record |= {"matrix": matrix, "samples": samples.latest}
         if matrix:
-            wandb.table("matrix", *table_of(matrix))
+            wandb.table("matrix", *cells(matrix))
         wandb.artifact(card.name, "brick", inputs.library.folder(card), {"version": card.version})
         wandb.summary({name: figure["value"] for name, figure in record["metrics"].items()})
     return {**record, "wandb": wandb.as_record()}

@@ -158,3 +158,13 @@ def rows_line(task: Checked, encoded: TaskData | None = None) -> str:
     if not task.rows.get("test"):
         parts.append("no test rows, so no test figures (data.test=FILE or data.test_fraction=0.1)")
     return "; ".join(parts)
+
+
+def turns_line(task: Checked, tokenizer: Any) -> str | None:
+    """How conversations are written where the tokenizer does not say it; None where it does."""
+    if task.spec.type != "instruct" or tokenizer.chat_template:
+        return None
+    return (
+        f"{task.spec.name}: the tokenizer has no chat template, so each turn is written below "
+        "'### User:' or '### Assistant:'"
+    )

@@ -30,7 +30,7 @@ class Mode(ABC):
             identity there.
         square: whether a linear site where bricks meet must be as wide as its input.
         subtracts: whether `states` takes differences, so that half precision is not enough for it.
-        tokens: whether it joins virtual tokens, and nothing else.
+        tokens: whether it joins virtual tokens, keys and values, and nothing else.
         ordered: whether the order of the bricks matters.
         meets: groups of ports (`ports.Port`) whose bricks may meet at one site.
         side_by_side: ports at which bricks are simply plugged together.

@@ -10,7 +10,8 @@ stitched:
                                                 parallel adapters, bias and norm deltas
     output    b(h) = fn(h) - h                  h is a site's output    adapters, IA3 on k and v
     input     b(h) = fn(h) - h                  h is a site's input     IA3 on the feed-forward
-    tokens    virtual tokens, keys and values   nothing is added up     soft prompts, prefixes
+    tokens    virtual tokens before the input   nothing is added up     soft prompts
+    keys      keys and values before a layer's own, the same            prefixes
     alone     a site's whole output anew        PEFT's other tuners, task vectors
 
 A kind that is not named here is ``alone``: it is stitched where it has its sites to itself. No
@@ -38,7 +39,12 @@ class Port(StrEnum):
     OUTPUT = "output"
     INPUT = "input"
     TOKENS = "tokens"
+    KEYS = "keys"
     ALONE = "alone"
+
+
+#: Ports at which bricks put something before the text.
+VIRTUAL = (Port.TOKENS, Port.KEYS)
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,10 @@ class Part:
     def sites(self) -> frozenset[str]:
         """The sites where it acts."""
         return frozenset(place.site for place in self.places)
+
+    def at(self, port: Port) -> Part:
+        """What it does at one port."""
+        return Part(self.label, tuple(place for place in self.places if place.port == port))
 
 
 def places_of(
@@ -113,7 +123,7 @@ def _port(kind: str, hyper: Mapping[str, Any], site: str) -> tuple[Port, str]:
     if kind == "peft":
         return (Port.TOKENS if hyper["tuner"] == "p_tuning" else Port.ALONE), hyper["tuner"]
     if kind in ("soft_prompt", "prefix"):
-        return Port.TOKENS, kind
+        return (Port.TOKENS if kind == "soft_prompt" else Port.KEYS), kind
     return (Port.ADDED if kind == "delta" else Port.ALONE), kind
 
 
@@ -156,8 +166,10 @@ def check_parts(
         return  # one brick alone is that brick, whatever it is
     _check_tokens(mode, parts)
     if mode.everywhere:
-        for part in parts[1:]:
-            _check_same_sites(mode, parts[0], part)
+        _check_same_sites(mode, parts)
+    if mode.tokens:  # a soft prompt and a prefix act on different sites, two prefixes must not
+        for port in VIRTUAL:
+            _check_same_sites(mode, [there for part in parts if (there := part.at(port)).places])
     by_module: dict[str, list[tuple[int, Place]]] = {}
     for number, part in enumerate(parts):
         for place in part.places:
@@ -176,10 +188,10 @@ def check_parts(
 
 def _check_tokens(mode: Mode, parts: Sequence[Part]) -> None:
     """Virtual tokens are joined by ``prompt`` alone, and nothing else is."""
-    with_tokens = [p for p in parts if any(x.port == Port.TOKENS for x in p.places)]
+    with_tokens = [p for p in parts if any(x.port in VIRTUAL for x in p.places)]
     if mode.tokens:
         for part in parts:
-            others = [place for place in part.places if place.port != Port.TOKENS]
+            others = [place for place in part.places if place.port not in VIRTUAL]
             if others or not part.places:
                 does = f"acts on '{others[0].site}' ({others[0].what})" if others else "has none"
                 raise UserError(
@@ -199,18 +211,21 @@ def _check_tokens(mode: Mode, parts: Sequence[Part]) -> None:
         )
 
 
-def _check_same_sites(mode: Mode, one: Part, other: Part) -> None:
-    for has, lacks in ((one, other), (other, one)):
-        if missing := sorted(has.sites - lacks.sites):
-            raise UserError(
-                f"mode={mode.name} needs every brick at every site, and '{lacks.label}' does not "
-                f"act on '{missing[0]}', where '{has.label}' does ({len(missing)} such sites): "
-                + (
-                    "use bricks on the same sites."
-                    if mode.tokens
-                    else "use mode=chain or mode=sum, where a brick that is absent changes nothing."
+def _check_same_sites(mode: Mode, parts: Sequence[Part]) -> None:
+    for one, other in ((parts[0], part) for part in parts[1:]):
+        for has, lacks in ((one, other), (other, one)):
+            if missing := sorted(has.sites - lacks.sites):
+                raise UserError(
+                    f"mode={mode.name} needs every brick at every site, and '{lacks.label}' does "
+                    f"not act on '{missing[0]}', where '{has.label}' does ({len(missing)} such "
+                    "sites): "
+                    + (
+                        "use bricks on the same sites."
+                        if mode.tokens
+                        else "use mode=chain or mode=sum, where a brick that is absent changes "
+                        "nothing."
+                    )
                 )
-            )
 
 
 def _check_meeting(

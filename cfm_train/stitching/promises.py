@@ -20,7 +20,7 @@ from torch import Tensor
 from cfm_train.backbone.plugs import In, Out, Plug
 from cfm_train.bricks.bank import LowRank
 from cfm_train.bricks.brick import Brick
-from cfm_train.stitching.ports import Place, Port
+from cfm_train.stitching.ports import VIRTUAL, Place, Port
 from cfm_train.stitching.stitch import Stitch, part_places, stitch_bricks
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 def quiet(brick: Brick) -> bool:
     """Whether there is a brick like this one that does nothing."""
-    return all(place.port not in (Port.TOKENS, Port.ALONE) for place in part_places(brick))
+    return all(place.port not in (*VIRTUAL, Port.ALONE) for place in part_places(brick))
 
 
 class Null(Stitch):

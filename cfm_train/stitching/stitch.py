@@ -120,13 +120,15 @@ class Stitch(Brick):
         return bool(self.places) and all(place.port == Port.LINEAR for place in self.places)
 
     def virtual_tokens(self) -> int:
-        """How many virtual tokens stand before a row: those of one site, all bricks together."""
-        counts: dict[str, int] = {}
+        """How many virtual tokens stand before a row: the keys of one site and the embeddings."""
+        keys: dict[str, int] = {}
+        embeddings: dict[str, int] = {}
         for plug in self.plugs():
-            if isinstance(plug, KV | Prompt):
-                source = plug.keys if isinstance(plug, KV) else plug.embeddings
-                counts[plug.site] = counts.get(plug.site, 0) + length_of(source)
-        return max(counts.values(), default=0)
+            if isinstance(plug, KV):
+                keys[plug.site] = keys.get(plug.site, 0) + length_of(plug.keys)
+            elif isinstance(plug, Prompt):
+                embeddings[plug.site] = embeddings.get(plug.site, 0) + length_of(plug.embeddings)
+        return max(keys.values(), default=0) + max(embeddings.values(), default=0)
 
     def tensors(self) -> dict[str, Tensor]:
         """Those of its bricks, numbered: what it computes depends on nothing else."""
@@ -203,18 +205,19 @@ def part_places(brick: Brick) -> tuple[Place, ...]:
 
 def _check_square(mode: Mode, parts: Sequence[Part], backbone: Backbone) -> None:
     """Refuses linear sites where bricks meet that are not as wide as their input."""
-    seen: dict[str, str] = {}
-    for part in parts:
+    seen: dict[str, int] = {}
+    for number, part in enumerate(parts):  # by number: a brick may follow itself
         for place in part.places:
             site = backbone.sites[place.site]
-            met = seen.setdefault(place.site, part.label)
+            met = seen.setdefault(place.site, number)
             if (
-                met != part.label
+                met != number
                 and place.port == Port.LINEAR
                 and site.in_features != site.out_features
             ):
+                labels = parts[met].label, part.label
                 raise UserError(
-                    too_wide(mode, met, part.label, place.site, site.in_features, site.out_features)
+                    too_wide(mode, *labels, place.site, site.in_features, site.out_features)
                 )
 
 

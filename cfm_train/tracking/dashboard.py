@@ -22,7 +22,10 @@ from cfm_train.tracking.view import view
 _ASSETS = Path(__file__).resolve().parent / "assets"
 
 #: In this order: helpers first, the part that starts everything last.
-_SCRIPTS = ("base", "headline", "matrix", "chart", "curves", "costs", "lineage", "tables", "main")
+_SCRIPTS = (
+    "base", "headline", "ranking", "matrix", "chart", "tuning", "reasons", "curves", "costs",
+    "search", "lineage", "tables", "main",
+)  # fmt: skip
 
 
 def draw(records: Sequence[Mapping[str, Any]], path: str | Path, *, title: str = "") -> Path:
@@ -67,8 +70,9 @@ def as_script_json(data: Any) -> str:
 
 
 def _title(records: Sequence[Mapping[str, Any]]) -> str:
-    """The recipe that all runs have in common, or that ran them as its steps."""
+    """The recipe that all runs have in common, that ran them as its steps, or compares them."""
     whole = [record for record in records if record["operation"] == "sequence"]
+    whole = whole or [record for record in records if record.get("comparison")]
     recipes = list(dict.fromkeys(record["recipe"] for record in whole or records))
     if len(recipes) != 1:
         return f"{len(records)} runs"

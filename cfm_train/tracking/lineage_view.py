@@ -21,7 +21,8 @@ def lineage(records: Sequence[Mapping[str, Any]], folder: Path) -> Json:
 
     Returns:
         ``nodes`` (id, name, version, kind, operation, card, column, place) and ``edges`` (from, to,
-        weight). ``kind`` is ``backbone``, ``brick``, or ``outside`` for a parent without a record.
+        weight). ``kind`` is ``backbone``, ``brick``, ``configuration`` (what stands in a comparison
+        and not in the library), or ``outside`` for a parent without a record.
     """
     nodes: dict[str, Json] = {}
     edges: dict[tuple[str, str], float | None] = {}
@@ -42,11 +43,39 @@ def lineage(records: Sequence[Mapping[str, Any]], folder: Path) -> Json:
             named = {"name": backbone["id"], "version": version}
             nodes.setdefault(key, _node(key, named, "backbone", None, None))
             edges[key, own] = None
+    compared = next((r for r in records if r.get("comparison")), None)
+    if compared is not None:
+        _add_comparison(compared, nodes, edges, folder)
     _place(nodes, list(edges))
     return {
         "nodes": list(nodes.values()),
         "edges": [{"from": a, "to": b, "weight": weight} for (a, b), weight in edges.items()],
     }
+
+
+def _add_comparison(
+    record: Mapping[str, Any],
+    nodes: dict[str, Json],
+    edges: dict[tuple[str, str], float | None],
+    folder: Path,
+) -> None:
+    """Adds what a comparison's rows were made from: bricks without a record, configurations."""
+    graph, backbone = record["comparison"]["lineage"], record["backbone"]
+    for node in graph["nodes"]:
+        card = node["path"] and link(Path(node["path"]) / "brick.json", folder)
+        known = nodes.get(node["id"])
+        if known is None or known["kind"] == "outside":
+            nodes[node["id"]] = _node(node["id"], node, node["kind"], node["operation"], card)
+        nodes[node["id"]]["data"] = node["data"]
+    for edge in graph["edges"]:
+        edges.setdefault((edge["a"], edge["b"]), edge["weight"])
+    made = {b for _, b in edges}
+    loose = [node["id"] for node in graph["nodes"] if node["id"] not in made]
+    if backbone is not None and loose:
+        key = f"backbone {backbone['fingerprint']}"
+        named = {"name": backbone["id"], "version": backbone["fingerprint"][:8]}
+        nodes.setdefault(key, _node(key, named, "backbone", None, None))
+        edges |= {(key, own): None for own in loose}
 
 
 def link(target: Path, folder: Path) -> str:

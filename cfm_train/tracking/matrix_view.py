@@ -20,6 +20,7 @@ from typing import Any
 
 from cfm_train.data.tasks import LOWER_IS_BETTER
 from cfm_train.evaluation.seeds import over_seeds
+from cfm_train.tracking.comparison_view import told_by
 from cfm_train.tracking.seed_groups import READERS, families, with_groups
 
 Json = dict[str, Any]
@@ -46,12 +47,18 @@ def distinct_labels(names: Sequence[str], records: Sequence[Mapping[str, Any]]) 
     return labels
 
 
-def matrix_view(records: Sequence[Mapping[str, Any]]) -> Json:
+def matrix_view(
+    records: Sequence[Mapping[str, Any]],
+    comparison: Mapping[str, Any] | None = None,
+    tasks: Sequence[str] | None = None,
+) -> Json:
     """The brick × task matrix of some records.
 
     Args:
         records: records; only what says which brick they made with which seed is read of them,
             and ``matrix``.
+        comparison: the ``comparison`` of a record: averages, seeds and who competes are then its.
+        tasks: those that means are over; None for all.
 
     Returns:
         ``tasks`` (the columns), ``rows`` (label, brick, role, cells, mean, runs; a cell or None for
@@ -67,6 +74,8 @@ def matrix_view(records: Sequence[Mapping[str, Any]]) -> Json:
             {"label": name, "brick": cell["brick"], "role": cell["role"], "cells": {}, "runs": []},
         )
         row["runs"] = list(dict.fromkeys([*row["runs"], at]))
+        if cell.get("note"):
+            row["note"] = cell["note"]
         column = columns.index((cell["task"], cell["metric"]))
         other = row["cells"].get(column)
         if other is None or (cell["role"] not in COMPETES and _better(cell, other)):
@@ -77,9 +86,11 @@ def matrix_view(records: Sequence[Mapping[str, Any]]) -> Json:
     )
     for row in ordered:
         row["cells"] = [_figure(row["cells"].get(column)) for column in range(len(columns))]
-    ordered = with_groups(ordered, records)
+    ordered = with_groups(ordered, records, comparison)
     for number, row in enumerate(ordered):
-        row["mean"] = _mean(ordered, number, [metric for _, metric in columns])
+        row["mean"] = _mean(ordered, number, columns, tasks)
+    if comparison is not None:
+        told_by(comparison, ordered)
     best = []
     for at, (_, metric) in enumerate(columns):
         rivals = [
@@ -88,11 +99,11 @@ def matrix_view(records: Sequence[Mapping[str, Any]]) -> Json:
             if competes(row) and row["cells"][at]
         ]
         best.append(_best(rivals, metric))
-    tasks = [
+    heads = [
         {"task": task, "metric": metric, "lower_is_better": metric in LOWER_IS_BETTER}
         for task, metric in columns
     ]
-    return {"tasks": tasks, "rows": ordered, "best": best}
+    return {"tasks": heads, "rows": ordered, "best": best}
 
 
 def _row_names(
@@ -117,8 +128,8 @@ def _row_names(
 
 
 def competes(row: Mapping[str, Any]) -> bool:
-    """Whether a row can win: it is no bound, and no seed of a group."""
-    return row["role"] in COMPETES and not row.get("part")
+    """Whether a row can win: it is no bound, no seed of a group, and was not passed over."""
+    return row["role"] in COMPETES and not row.get("part") and not row.get("passed_over")
 
 
 def headline(matrix: Json, runs: Sequence[Json]) -> Json | None:
@@ -151,13 +162,13 @@ def headline(matrix: Json, runs: Sequence[Json]) -> Json | None:
 
 def maker_of(row: Json, runs: Sequence[Json]) -> Json | None:
     """The run that made a row's brick; None where no run here did, or several may have."""
-    makers = [
-        run
-        for run in runs
-        if run["operation"] not in READERS and (run["brick"] or {}).get("name") == row["brick"]
-    ]
-    own = [run for run in makers if run["run"] in row["runs"]]
-    found = own or makers
+    own = [run for run in runs if run["operation"] not in READERS and run["brick"]]
+    if "version" in row:  # a comparison says which version it is
+        makers = [run for run in own if run["brick"]["version"] == row["version"]]
+        return makers[0] if makers else None
+    makers = [run for run in own if run["brick"]["name"] == row["brick"]]
+    near = [run for run in makers if run["run"] in row["runs"]]
+    found = near or makers
     return found[0] if len(found) == 1 else None
 
 
@@ -228,11 +239,17 @@ def _best(rivals: Sequence[tuple[int, Json]], metric: str) -> int | None:
     return pick(rivals, key=lambda pair: pair[1]["value"])[0]
 
 
-def _mean(rows: Sequence[Json], at: int, metrics: Sequence[str]) -> Json | None:
-    """The mean over all tasks, for a row that has them all and metrics that can be added."""
-    cells = rows[at]["cells"]
-    whole = len(cells) > 1 and all(cells) and not LOWER_IS_BETTER.intersection(metrics)
-    return _of_row(rows, at, range(len(cells))) if whole else None
+def _mean(
+    rows: Sequence[Json],
+    at: int,
+    columns: Sequence[tuple[str, str]],
+    tasks: Sequence[str] | None,
+) -> Json | None:
+    """The mean over tasks, for a row that has them all and metrics that can be added."""
+    chosen = [n for n, (task, _) in enumerate(columns) if tasks is None or task in tasks]
+    cells = [rows[at]["cells"][n] for n in chosen]
+    added = not LOWER_IS_BETTER.intersection(columns[n][1] for n in chosen)
+    return _of_row(rows, at, chosen) if len(cells) > 1 and all(cells) and added else None
 
 
 def _of_row(rows: Sequence[Json], at: int, columns: Sequence[int]) -> Json:

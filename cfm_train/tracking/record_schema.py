@@ -7,6 +7,8 @@ from typing import Literal, NotRequired
 from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict  # pydantic wants this one below Python 3.12
 
+from cfm_train.tracking.comparison_schema import Comparison
+
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -26,7 +28,7 @@ class Cell(TypedDict):
 
     ``head`` is the row whose head answered (``head refitted``: one trained anew on the body; null:
     a language model's own), ``key`` names the examples that the figure was made from, ``source``
-    the earlier run that they were taken from.
+    the earlier run that they were taken from, ``note`` what has to be said beside the brick.
     """
 
     brick: str
@@ -40,6 +42,7 @@ class Cell(TypedDict):
     head: NotRequired[str | None]
     key: NotRequired[str]
     source: NotRequired[str]
+    note: NotRequired[str]
 
 
 @with_config(_STRICT)
@@ -162,11 +165,43 @@ class Heatmap(TypedDict):
 
 
 @with_config(_STRICT)
+class Trial(TypedDict):
+    """A point that a search tried: a number for each axis, the mean score and that of each task."""
+
+    point: dict[str, float]
+    value: float
+    scores: dict[str, float]
+    penalty: float
+
+
+@with_config(_STRICT)
+class Search(TypedDict):
+    """How a merge's weights were found.
+
+    ``objective`` is what was compared (``metric``, ``loss``, ``entropy``), ``chosen_on`` the rows
+    that it was compared on (never test rows, but for a method that adapts on their inputs: ``note``
+    says so), ``rows`` how many of each task; ``chosen`` is the number of the best trial.
+    """
+
+    method: str
+    objective: Literal["metric", "loss", "entropy"]
+    chosen_on: Literal["validation", "test inputs"]
+    note: str | None
+    lower_is_better: bool
+    rows: dict[str, int]
+    axes: list[str]
+    trials: list[Trial]
+    chosen: int
+
+
+@with_config(_STRICT)
 class Record(TypedDict):
     """The whole record.
 
     ``config_hash`` is that of everything that decides the result, ``seedless_hash`` that of
-    everything but the seed. ``folder`` is where the record was read from; it is never written.
+    everything but the seed. ``refitted`` is a second matrix: every body with a head trained anew
+    on it. ``search`` says how weights were found.
+    ``folder`` is where the record was read from; it is never written.
     """
 
     operation: str
@@ -190,5 +225,8 @@ class Record(TypedDict):
     curves: str | None
     examples: NotRequired[Examples]
     heatmaps: NotRequired[list[Heatmap]]
+    refitted: NotRequired[list[Cell]]
+    comparison: NotRequired[Comparison]
+    search: NotRequired[Search]
     error: NotRequired[str | None]
     folder: NotRequired[str]

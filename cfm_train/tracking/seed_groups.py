@@ -33,12 +33,17 @@ def families(records: Sequence[Mapping[str, Any]]) -> dict[int, str]:
     }
 
 
-def with_groups(rows: Sequence[Json], records: Sequence[Mapping[str, Any]]) -> list[Json]:
+def with_groups(
+    rows: Sequence[Json],
+    records: Sequence[Mapping[str, Any]],
+    comparison: Mapping[str, Any] | None = None,
+) -> list[Json]:
     """Puts a row of means before the rows of its seeds, which follow it.
 
     Args:
         rows: rows of the matrix, their cells in the order of its columns.
         records: the records that they come from.
+        comparison: names the groups itself, where there is one.
 
     Returns:
         All rows; one of a group has ``members``, the numbers of the rows that it is the mean of,
@@ -46,7 +51,15 @@ def with_groups(rows: Sequence[Json], records: Sequence[Mapping[str, Any]]) -> l
     """
     family_of = families(records)
     groups: dict[tuple[str, str, str], list[Json]] = {}
+    of_group = {
+        label: group["label"] for group in (comparison or {}).get("groups", ())
+        for label in group["members"]
+    }  # fmt: skip
     for row in rows:
+        if row["label"] in of_group and row["role"] in ("brick", "merged"):
+            name = of_group[row["label"]]
+            groups.setdefault((row["role"], name, name), []).append(row)
+            continue
         family = family_of.get(row["runs"][0]) if len(row["runs"]) == 1 else None
         if family and (records[row["runs"][0]]["brick"] or {}).get("name") == row["brick"]:
             groups.setdefault((row["role"], row["brick"], family), []).append(row)

@@ -51,6 +51,8 @@ def matrix_table(cells: Sequence[Mapping[str, Any]], *, plain: bool = False) -> 
         name = Text(row["label"])
         if _SECTIONS[role]:
             name.append(f" ({_SECTIONS[role]})", "dim")
+        if row.get("note"):
+            name.append(f" ({row['note']})", "dim")
         texts = []
         for task, cell, best in zip(matrix["tasks"], row["cells"], matrix["best"], strict=True):
             wins = best == number and rivals > 1
@@ -98,7 +100,7 @@ def _summary(record: Mapping[str, Any], *, plain: bool) -> list[Any]:
             figures.add_column(column, justify="right" if column != "" else "left")
         for key, figure in record["metrics"].items():
             metric = key.rsplit("/", 1)[-1]
-            interval = _interval(figure, metric)
+            interval = interval_text(figure, metric)
             value = Text(score_text(figure["value"], metric), "bold")
             figures.add_row(key, value, Text(interval, "dim"), Text(str(figure["n"]), "dim"))
         parts.append(figures)
@@ -138,10 +140,11 @@ def _cell(cell: Mapping[str, Any] | None, metric: str, *, wins: bool, plain: boo
         return Text("·", "dim")
     mark = "*" if wins and plain else ""
     text = Text(mark + score_text(cell["value"], metric), "bold" if wins else "")
-    return text.append(f"  {_interval(cell, metric)}", "dim not bold")
+    return text.append(f"  {interval_text(cell, metric)}", "dim not bold")
 
 
-def _interval(figure: Mapping[str, Any], metric: str) -> str:
+def interval_text(figure: Mapping[str, Any], metric: str) -> str:
+    """A figure's ``low`` and ``high`` in the form of `score_text`."""
     joint = "–" if figure["low"] >= 0 else " to "
     return f"{score_text(figure['low'], metric)}{joint}{score_text(figure['high'], metric)}"
 

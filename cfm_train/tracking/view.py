@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cfm_train.data.tasks import LOWER_IS_BETTER
+from cfm_train.tracking import comparison_view
 from cfm_train.tracking.lineage_view import lineage, link
 from cfm_train.tracking.matrix_view import (
     COMPETES,
@@ -20,6 +21,7 @@ from cfm_train.tracking.matrix_view import (
     matrix_view,
 )
 from cfm_train.tracking.metrics_file import MetricsFile
+from cfm_train.tracking.search_view import searches
 
 Json = dict[str, Any]
 
@@ -35,22 +37,47 @@ def view(records: Sequence[Mapping[str, Any]], folder: Path) -> Json:
         folder: where the page will lie: links are relative to it.
 
     Returns:
-        JSON-ready: runs, matrix, headline, checks, curves, costs, lineage, samples.
+        JSON-ready: runs, matrix, headline, checks, curves, costs, searches, lineage, samples; and
+        of a comparison itself and the matrix with refitted heads.
     """
     labels = distinct_labels([record["name"] for record in records], records)
     runs = [_run(at, r, labels[at], folder) for at, r in enumerate(records)]
-    matrix = matrix_view(records)
+    shown: Json = {"comparison": None, "refitted": None}
+    at = comparison_view.find(records)
+    if at is None:
+        matrix = matrix_view(records)
+        shown |= {"headline": headline(matrix, runs), "costs": _costs(matrix, runs)}
+    else:
+        told = comparison_view.comparison_view(records[at], records, folder)
+        matrix = matrix_view(_alone(records, at, records[at]["matrix"]), told)
+        costs = comparison_view.costs_of(told, matrix)
+        first = comparison_view.headline_of(told, matrix, costs) or headline(matrix, runs)
+        shown |= {"comparison": told, "headline": first, "costs": costs}
+        if again := records[at].get("refitted"):
+            floors = [cell for cell in records[at]["matrix"] if cell["role"] == "floor"]
+            # Means of tasks that share their test rows are the ranking's alone.
+            apart = told["test_sets"] == len(told["tasks"])
+            shown["refitted"] = matrix_view(
+                _alone(records, at, [*again, *floors]), tasks=told["tasks"] if apart else []
+            )
     return {
         "runs": runs,
         "matrix": matrix,
-        "headline": headline(matrix, runs),
+        **shown,
         "checks": _checks(records),
         "curves": _curves(records, labels, folder),
-        "costs": _costs(matrix, runs),
+        "searches": searches(records, labels),
         "lineage": lineage(records, folder),
         "samples": [{"run": at, **s} for at, r in enumerate(records) for s in r["samples"]],
         "lower_is_better": sorted(LOWER_IS_BETTER),
     }
+
+
+def _alone(
+    records: Sequence[Mapping[str, Any]], at: int, matrix: Sequence[Mapping[str, Any]]
+) -> list[Json]:
+    """The records with one matrix alone, that of record ``at``."""
+    return [{**r, "matrix": matrix if n == at else []} for n, r in enumerate(records)]
 
 
 def _run(at: int, record: Mapping[str, Any], label: str, folder: Path) -> Json:

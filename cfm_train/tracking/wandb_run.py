@@ -142,6 +142,37 @@ class WandbRun:
                 table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
                 self._send({name: table})
 
+    def chart(
+        self,
+        name: str,
+        kind: Literal["bar", "line", "scatter"],
+        columns: Sequence[str],
+        rows: Sequence[Sequence[Any]],
+        *,
+        x: str,
+        y: str,
+        title: str,
+    ) -> None:
+        """Logs a chart over a table at the current step; W&B draws it, so it can be edited there.
+
+        Args:
+            name: key of the chart; its table is ``<name>_table``.
+            kind: what it is.
+            columns: names of the table's columns.
+            rows: one list of scalars per row.
+            x: the column across (a bar's label).
+            y: the column upwards (a bar's length).
+            title: heading of the chart.
+        """
+        if self._run is not None:
+            with self._guarded(f"log the chart {name}"):
+                import wandb
+
+                table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
+                draw: dict[str, Any] = {"bar": wandb.plot.bar, "line": wandb.plot.line,
+                        "scatter": wandb.plot.scatter}  # fmt: skip
+                self._send({name: draw[kind](table, x, y, title=title)})
+
     def artifact(
         self, name: str, type: str, folder: str | Path, metadata: Mapping[str, Any]
     ) -> None:

@@ -56,6 +56,10 @@ class MetricsLog(Callback):
         self.wandb.log(step, values)
 
 
+#: Terminals narrower than this get the bar's figures in short: tqdm cuts off what does not fit.
+WIDE = 100
+
+
 class Progress(Callback):
     """A bar over optimiser steps: loss, samples/s, tokens/s, share of the FLOP limit, memory.
 
@@ -76,12 +80,11 @@ class Progress(Callback):
         self._bar = tqdm(
             total=self.steps,
             initial=trainer.global_step,
-            desc="train",
-            unit="step",
             file=sys.stderr,
             mininterval=1.0 if sys.stderr.isatty() else 30.0,
             dynamic_ncols=True,
             leave=True,
+            bar_format="{n_fmt}/{total_fmt}|{bar}| {remaining}{postfix}",
         )
 
     def on_train_batch_end(
@@ -98,11 +101,13 @@ class Progress(Callback):
         if time.perf_counter() - self._shown > 0.5:
             self._shown = time.perf_counter()
             seconds, rows, tokens, flops = map(sum, zip(*self._recent, strict=True))
+            narrow = (self._bar.format_dict["ncols"] or WIDE) < WIDE
+            limit = "FLOP" if narrow else "of the FLOP limit"
             self._bar.set_postfix_str(
                 f"loss {outputs['train/loss']:.3f}, "
                 f"{rows / seconds:.0f} samples/s, "
                 f"{tokens / seconds:.0f} tokens/s, "
-                f"{flops / seconds / self.peak_flops:.0%} of the FLOP limit, "
+                f"{flops / seconds / self.peak_flops:.0%} {limit}, "
                 f"{peak_memory() / 2**30:.1f} GiB",
                 refresh=False,
             )

@@ -13,6 +13,10 @@ from torch import Tensor
 
 from cfm_train.backbone.load import Backbone
 from cfm_train.bricks.lora import LoRA
+from cfm_train.bricks.stored import open_brick
+from cfm_train.errors import UserError
+from cfm_train.library.__main__ import main
+from cfm_train.library.store import Library
 from tests import brick_laws as laws
 from tests.backbones import FAMILIES, FUSED, answers, bare, batch, folder, randomise, tiny
 from tests.lora_cases import VARIANTS, lora, maker, restored
@@ -208,3 +212,31 @@ def test_adapter_of_a_wrapped_class_finds_its_modules(tmp_path: Path) -> None:
         atol=1e-5,
         rtol=0,
     )
+
+
+def test_a_module_of_the_backbone_that_was_trained_whole_is_refused(tmp_path: Path) -> None:
+    """The adapter's own ``lm_head`` would be ignored, and the answers be others than PEFT's."""
+    import transformers as tf
+
+    model = tf.LlamaForCausalLM.from_pretrained(folder("llama"))
+    for name, own in (("without", None), ("with", ["lm_head"])):
+        config = peft_config("llama", "lora", modules_to_save=own, task_type="CAUSAL_LM")
+        peft.get_peft_model(model, config).save_pretrained(tmp_path / name)
+        model = tf.LlamaForCausalLM.from_pretrained(folder("llama"))
+        assert (
+            main(
+                [
+                    "--library",
+                    str(tmp_path / "library"),
+                    "add",
+                    str(tmp_path / name),
+                    "--name",
+                    name,
+                ]
+            )
+            == 0
+        )
+    library, backbone = Library(tmp_path / "library"), tiny("llama")
+    open_brick(library.find("without"), library, backbone)
+    with pytest.raises(UserError, match=r"a 'lm_head' of its own .*backbone 'tiny-llama'"):
+        open_brick(library.find("with"), library, backbone)

@@ -9,7 +9,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from cfm_train import paths
-from cfm_train.config import schema, signature
+from cfm_train.config import schema, searching, signature
 from cfm_train.config.catalogue import groups, recipes
 from cfm_train.config.compose import as_yaml, compose, expand, option
 from cfm_train.config.merging import ROOMS, Merging, complete, methods, own_arguments
@@ -66,6 +66,9 @@ def test_every_option_fits_its_schema(group: str, name: str) -> None:
         return
     if group == "rule":
         complete(name, {})
+        return
+    if group == "search":
+        searching.model_of(name).model_validate(option(group, name))
         return
     section = option(group, name, **given)
     kind = brick_model(section["kind"]) if group == "brick" else SECTIONS[group]

@@ -54,8 +54,14 @@ WRONG = {
     ),
     (*TRAIN, "lr=1e-3"): "lr is no key of this run: it is called brick.learning_rate here.",
     (*TRAIN, "brick.r=4"): "brick.r is no key of this run: it is called brick.rank here.",
-    (*TRAIN, "weights=[1,2]"): "weights is a key of operation merge, not of train.",
-    (*EVALUATE, "out=x"): "out is a key of operation predict and stitch_layers, not of evaluate.",
+    (
+        *TRAIN,
+        "weights=[1,2]",
+    ): "weights is a key of operation merge and merge_models, not of train.",
+    (
+        *EVALUATE,
+        "out=x",
+    ): "out is a key of operation predict, merge_models and stitch_layers, not of evaluate.",
     (
         *EVALUATE,
         "trainer.epochs=1",

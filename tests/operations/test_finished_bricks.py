@@ -129,6 +129,18 @@ def test_answers_are_those_that_were_judged(task: str, run: Any) -> None:
 
 
 @pytest.mark.slow
+def test_a_head_that_is_refitted_is_announced(run: Any) -> None:
+    """On a task that no brick has a head for; the figures alone would not tell."""
+    write("classification")
+    train(run, "classification", "mine")
+    short = ("data.limit=16", "evaluation.bootstrap=20", "tracking=disabled")
+    record, out = run("recipe=evaluate/tasks", "bricks=[mine]", "tasks=[mine,quick_tone]", *short)
+    assert "quick_tone: no brick brings a head; one is refitted on each brick" in out
+    assert "mine: no brick" not in out
+    assert [cell["head"] for cell in record["matrix"]] == ["mine", "head refitted"]
+
+
+@pytest.mark.slow
 def test_merges_compare_and_their_lineage(run: Any) -> None:
     """A merge of a merge: shares, heads and tasks of the grandparents; drawn with their runs."""
     write("classification")

@@ -26,7 +26,8 @@ def contribution(brick: Any, site: str) -> Contribution | None:
     if isinstance(brick, LoRA):
         A, B = brick.lora_A[key].detach().double(), brick.lora_B[key].detach().double()
         c = brick.bias[key].detach().double() if key in brick.bias else 0.0
-        scale = brick.alphas[site] / A.shape[0]
+        rank = A.shape[0]
+        scale = brick.alphas[site] / (rank**0.5 if brick.hyper["rslora"] else rank)
         return lambda x: scale * (x @ A.T @ B.T + c)
     assert isinstance(brick, Bottleneck)
     D, d, U, u = (

@@ -268,6 +268,13 @@ def test_the_recipe(tmp_path: Path, wide: dict[str, Path]) -> None:
     for arm in ("random bridge", "closed form", "trained bridge"):
         penalty = metrics[f"test/{arm}/loss"]["value"] - metrics["test/top model/loss"]["value"]
         assert metrics[f"penalty/{arm}/loss"]["value"] == pytest.approx(penalty, abs=1e-12)
+    turned = prepare(
+        command(tmp_path, wide["llama"], folder("llama"), "depth=[4,5]", "train=false")
+    ).start()["metrics"]
+    effect = metrics["order effect/closed form/loss"]
+    losses = [m["test/closed form/loss"]["value"] for m in (turned, metrics)]
+    assert effect["value"] == pytest.approx(losses[0] - losses[1], abs=1e-9)
+    assert effect["low"] <= effect["value"] <= effect["high"] and effect["n"] > 1
     model = load_stitched(
         Library(tmp_path / "library").find("joint"), Library(tmp_path / "library")
     )
@@ -275,8 +282,11 @@ def test_the_recipe(tmp_path: Path, wide: dict[str, Path]) -> None:
     assert task.test is not None
     assert measure(model.backbone, task.spec, task.test).loss > 0
     closed = prepare(
-        command(tmp_path, folder("llama"), wide["llama"], "at=[1,1]", "train=false")
+        command(
+            tmp_path, folder("llama"), wide["llama"], "at=[1,1]", "train=false", "opposite=false"
+        )
     ).start()
+    assert "order effect/closed form/loss" not in closed["metrics"]
     assert "test/trained bridge/loss" not in closed["metrics"] and "heatmaps" not in closed
 
 

@@ -131,6 +131,8 @@ def test_a_brick_that_a_stitch_needs_stays(
     refused = capsys.readouterr().err
     assert f"{card.ref} can never be opened again" in refused and "--force" in refused
     assert library.gc(grace=0) == [] and library.find("a").ref == a.ref
+    assert library_main(["export", "ab", "out"]) == 2 and not Path("out").exists()
+    assert "stitch them again with fold=true" in capsys.readouterr().err
     assert library_main(["rm", "a", "--force"]) == 0
     assert f"{card.ref} was stitched from it" in capsys.readouterr().err
     (problem,) = library.verify("ab")
@@ -162,3 +164,30 @@ def test_the_operation(library: Library, capsys: pytest.CaptureFixture[str]) -> 
     assert folded.interface["hyper"]["rank"] == 4
     assert set(folded.heads) == {"task-a", "task-b"}
     torch.testing.assert_close(outputs(library, "one"), outputs(library, "ab"), **CLOSE)
+
+
+def test_a_merge_in_a_stitch_from_the_command_line_to_load(
+    library: Library, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One expression on the command line, in the card, in `load`, in a record: one brick."""
+    backbone, inputs = tiny("bert"), batch(tiny("bert"))
+    inner = "merge(ties, [b, c], density=0.5)"
+    command = ["recipe=stitch/chain", f'bricks=[a,"{inner}"]', "name=nested", "tracking=disabled"]
+    assert main(command) == 0, capsys.readouterr().err
+    out = capsys.readouterr().out
+    record = json.loads(Path(out.splitlines()[-1].removeprefix("record: ")).read_text())
+    card = library.find("nested")
+    tree = pin(parse(f"stitch([a, {inner}])"), library)
+    assert card.expression == card.interface["expression"] == str(tree)
+    assert "elect=" in card.expression and "mode=chain" in card.expression, "nothing left open"
+    assert [p["name"] for p in record["brick"]["parents"]] == ["a", "b", "c"]
+    assert set(card.heads) == {"task-a", "task-b"} and not library.verify("nested")
+    assert card.recipe["bricks"] == ["a", inner]
+    parts = [assemble(parse(text), library, backbone) for text in ("a", inner)]
+    expected = plugged(backbone, [stitch_bricks("chain", parts, backbone)], inputs)
+    assert (expected - outputs(library, "a")).abs().max() > 1e-3
+    for configuration in ("nested", f"stitch([a, {inner}])", str(tree)):
+        model = cfm_train.load(section("bert"), configuration, head="task-b", dtype="float32")
+        with torch.inference_mode():
+            found = model.backbone.hidden_states(**inputs)  # type: ignore[attr-defined]
+        assert torch.equal(found, expected)

@@ -14,11 +14,12 @@ from cfm_train.bricks.heads import Head
 from cfm_train.bricks.kinds import make_brick
 from cfm_train.bricks.stored import store
 from cfm_train.config.compose import option
+from cfm_train.configuration.apply import plain
 from cfm_train.configuration.parser import parse
 from cfm_train.configuration.pin import pin
 from cfm_train.errors import UserError
 from cfm_train.library.store import Library
-from cfm_train.stitching.cards import check_fold, check_trees
+from cfm_train.stitching.cards import check_fold, check_tree, check_trees
 from cfm_train.stitching.fold import fold
 from cfm_train.stitching.mode import mode_of, modes
 from cfm_train.stitching.stitch import stitch_bricks
@@ -52,7 +53,11 @@ CASES: dict[str, tuple[str, list[Spec], str]] = {
     "prompt, prefix": ("chain", [("soft_prompt", SHORT), ("prefix", SHORT)], "use mode=prompt"),
     "no prompt": ("prompt", [("soft_prompt", SHORT), ("lora", Q)], "'b' acts on .* use mode=sum"),
     "no tokens": ("prompt", [("prefix", SHORT), ("head", {})], "'b' has none"),
-    "both kinds": ("prompt", [("soft_prompt", SHORT), ("prefix", SHORT)], "on the same sites"),
+    "prefixes apart": (
+        "prompt",
+        [("prefix", SHORT | {"layers": [0]}), ("prefix", SHORT)],
+        r"'a' does not act on 'layer.1.attn', where 'b' does \(1 such sites\)",
+    ),
     "piped prompt": ("pipe", [("soft_prompt", SHORT), ("lora", Q)], "fed through a pipe"),
     "missing in a pipe": (
         "pipe",
@@ -131,13 +136,40 @@ def test_only_low_rank_updates_fold(tmp_path: Path) -> None:
         check_fold(check_trees(mode_of("sum"), trees, ["a", "b"], library))
 
 
-def test_different_heads_for_one_task() -> None:
+def test_a_brick_after_itself(tmp_path: Path) -> None:
+    """Its width counts too: two bricks of one name are still two."""
+    brick = build(("lora", DOWN))
+    library = shelf(tmp_path, {"a": brick})
+    with pytest.raises(UserError, match=r"'a@.*' and 'a@.*' meet .* maps 48 to 32"):
+        check_tree(pin(parse("stitch([a, a])"), library), library)
+    with pytest.raises(UserError, match=r"'a' and 'a' meet .* maps 48 to 32"):
+        stitch_bricks("chain", [brick, brick], tiny("bert"), ["a", "a"])
+
+
+def test_a_stitch_that_is_no_low_rank_update_is_not_merged(tmp_path: Path) -> None:
+    bricks = {"a": build(("pfeiffer", {})), "b": build(("pfeiffer", {}))}
+    library = shelf(tmp_path, bricks)
+    tree = pin(parse("merge(linear, [stitch([a, b]), stitch([b, a])])"), library)
+    with pytest.raises(UserError, match=r"\(pfeiffer adapter\) .* cannot be merged"):
+        check_tree(tree, library)
+    stitched = stitch_bricks("chain", list(bricks.values()), tiny("bert"))
+    with pytest.raises(UserError, match=r"\(pfeiffer adapter\) .* cannot be merged"):
+        plain(stitched, tiny("bert"))
+
+
+def test_different_heads_for_one_task(tmp_path: Path) -> None:
     one, two = build(("lora", Q)), build(("lora", Q))
     for brick in (one, two):
         brick.add_head("t", Head("classification", ["x", "y"], 32, "mean"))
     with pytest.raises(UserError, match="different heads for 't'"):
         stitch_bricks("sum", [one, two], tiny("bert"))
     assert set(stitch_bricks("sum", [one, one], tiny("bert")).heads) == {"t"}
+    same = build(("lora", Q))
+    same.add_head("t", one.heads["t"])  # type: ignore[arg-type]
+    library = shelf(tmp_path, {"a": one, "b": two, "c": same})
+    check_tree(pin(parse("stitch([a, c])"), library), library)
+    with pytest.raises(UserError, match=r"a@.* and b@.* bring different heads for 't'"):
+        check_tree(pin(parse("stitch([a, merge(linear, [c, b])])"), library), library)
 
 
 def test_modes_are_found_by_their_files() -> None:
@@ -155,13 +187,28 @@ def test_the_command_refuses_before_torch(tmp_path: Path) -> None:
         "code = main(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(code)"
     )
     for arguments, sentence in (
-        (["recipe=stitch/chain", "bricks=[a,b]"], "maps 48 to 32 features"),
-        (["recipe=stitch/sum", "bricks=[a]"], "at least two bricks"),
-        (["recipe=stitch/sum", "bricks=[a,b]", "mode=smu"], "Did you mean 'sum'"),
-        (["recipe=stitch/sum", "bricks=[a,b]", "tasks=[nothing]"], "no task 'nothing'"),
+        (["recipe=stitch/chain", "name=x", "bricks=[a,b]"], "maps 48 to 32 features"),
+        (["recipe=stitch/sum", "name=x", "bricks=[a]"], "at least two bricks"),
+        (["recipe=stitch/sum", "name=x", "bricks=[a,b]", "mode=smu"], "Did you mean 'sum'"),
+        (["recipe=stitch/sum", "name=x", "bricks=[a,b]", "tasks=[nothing]"], "no task 'nothing'"),
+        (
+            ["recipe=stitch/sum", "name=x", "bricks=[a,'stitch([a, b], deep=3)']"],
+            "the parameter 'deep'",
+        ),
+        (["recipe=compare/bricks", "bricks=['stitch([a, b])']"], "maps 48 to 32 features"),
+        (["recipe=evaluate/tasks", "bricks=['merge(linear, [a, stitch([b, a])])']"], "maps 48"),
+        (
+            [
+                "recipe=predict",
+                "bricks=['stitch([a, b], mode=pipe)']",
+                "data.input=x.jsonl",
+                "out=y.jsonl",
+            ],
+            "maps 48 to 32 features",
+        ),
     ):
         ran = subprocess.run(
-            [sys.executable, "-c", code, *arguments, "name=x", "tracking=disabled"],
+            [sys.executable, "-c", code, *arguments, "tracking=disabled"],
             cwd=tmp_path,
             capture_output=True,
             text=True,

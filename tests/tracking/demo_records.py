@@ -141,3 +141,177 @@ def hash_of(text: str) -> int:
 def _stored(folder: Path, **known: Any) -> Record:
     write_record(new_record(**known), folder / "record.json")
     return read_record(folder)
+
+
+def compared(out: Path) -> list[Record]:
+    """A comparison of three bricks, a merge at three λ, a nested stitch and an unrelated task."""
+    trained_bricks = [trained(out, task) for task in TASKS]
+    sweep = [f"merge(ties, [sentiment, topic, intent], scale={x:g})" for x in (0.5, 1.0, 1.5)]
+    nested = "stitch([sentiment, merge(linear, [topic, intent], weights=[0.3, 0.7])])"
+    labels = [*TASKS, *sweep, nested]
+    values = {
+        **{own: {t: v if t == own else f - 0.03 for t, (v, f) in TASKS.items()} for own in TASKS},
+        **{name: {t: f + (v - f) * share for t, (v, f) in TASKS.items()}
+           for name, share in zip([*sweep, nested], (0.55, 0.9, 0.7, 0.82), strict=True)},
+    }  # fmt: skip
+    roles = {label: "brick" if label in TASKS else "merged" for label in labels}
+    matrix = [
+        {**cell(label, task, value, roles[label]), "head": task if label in TASKS else label}
+        for label in labels
+        for task, value in [*values[label].items(), ("weather", 0.6)]
+    ]
+    for one in matrix:
+        if one["task"] == "weather":
+            one["head"] = "head refitted"
+    floors = [*((t, f) for t, (_, f) in TASKS.items()), ("weather", 0.62)]
+    matrix += [cell("frozen backbone", t, f, "floor") for t, f in floors]
+    parts = {
+        r["name"]: {
+            "name": r["name"], "version": r["brick"]["version"], "operation": "train",
+            "path": r["brick"]["path"], "data": {f"{r['name']}/train": "0a1b2c3d4e5f"},
+        }
+        for r in trained_bricks
+        if r["brick"]
+    }  # fmt: skip
+    normal = {
+        label: sum(values[label][t] / TASKS[t][0] for t in TASKS) / len(TASKS) for label in labels
+    } | {"frozen backbone": sum(f / v for v, f in TASKS.values()) / len(TASKS)}
+    plain = {label: sum(found.values()) / len(TASKS) for label, found in values.items()}
+    plain["frozen backbone"] = sum(f for _, f in TASKS.values()) / len(TASKS)
+
+    def spread(value: float, by: float = 0.02) -> dict[str, Any]:
+        return {"value": value, "low": value - by, "high": value + by, "n": 750}
+
+    rows = [
+        {
+            "label": label, "short": label, "expression": label,
+            "role": roles.get(label, "floor"), "brick": parts.get(label),
+            "parts": [part for name, part in parts.items() if name in label],
+            "competes": label in labels and label not in (sweep[0], sweep[2]),
+            "chosen_on": "validation" if label == sweep[1] else None,
+            "parameters": None if label == "frozen backbone" else 90_000 + 1000 * at,
+            "bytes": None if label == "frozen backbone" else 360_000 + 4000 * at,
+            "seconds": None if label == "frozen backbone" else 9.5 if label in TASKS else 0.25,
+            "seconds_of": None if label == "frozen backbone" else
+            "training" if label in TASKS else "assembly",
+            "mean": spread(plain[label]), "normalised": spread(normal[label]),
+        }
+        for at, label in enumerate([*labels, "frozen backbone"])
+    ]  # fmt: skip
+    apart = {t: values[sweep[1]][t] - values[nested][t] for t in TASKS}
+    similar = [*TASKS, sweep[1]]
+    pairs = [
+        {"a": a, "b": b, "of": "updates", "reason": None, "cosine": 0.7 - 0.25 * (i + j),
+         "sign_conflict": 0.2 + 0.1 * (i + j), "weighted_conflict": 0.1 + 0.1 * (i + j)}
+        for i, a in enumerate(similar) for j, b in enumerate(similar) if i < j
+    ]  # fmt: skip
+    refs = {name: f"{name}@{part['version']}" for name, part in parts.items()}
+    nodes = [{**part, "id": refs[name], "kind": "brick"} for name, part in parts.items()]
+    made = {"path": None, "kind": "configuration", "data": {}}
+    nodes += [
+        {**made, "id": "aa11", "name": sweep[1], "version": "aa11", "operation": "merge"},
+        {**made, "id": "bb22", "name": "merge(linear, [topic, intent], weights=[0.3, 0.7])",
+         "version": "bb22", "operation": "merge"},
+        {**made, "id": "cc33", "name": nested, "version": "cc33", "operation": "stitch"},
+    ]  # fmt: skip
+    edges = [*((refs[t], "aa11", 1.0) for t in TASKS), (refs["topic"], "bb22", 0.3),
+             (refs["intent"], "bb22", 0.7), ("bb22", "cc33", None),
+             (refs["sentiment"], "cc33", None)]  # fmt: skip
+    forgot = [
+        {"row": label, "task": task, "metric": "accuracy", "bare": figure(bare),
+         "with_brick": figure(bare - by), "change": spread(-by, 0.015)}
+        for at, label in enumerate([*TASKS, sweep[1], nested])
+        for task, bare in floors
+        if task == "weather" or (label in TASKS and task != label)
+        for by in [0.01 * (at - 1)]
+    ]  # fmt: skip
+    comparison = {
+        "tasks": list(TASKS), "test_sets": 3, "individuals": {t: t for t in TASKS},
+        "unrelated": ["weather"], "rows": rows, "groups": [],
+        "winner": {
+            "label": sweep[1], "runner_up": nested, "by": "mean", "lower_is_better": False,
+            "figure": spread(plain[sweep[1]]), "margin": spread(sum(apart.values()) / 3, 0.005),
+            "clear": True, "tasks": {t: spread(by, 0.01) for t, by in apart.items()},
+            "method": "paired percentile bootstrap over test examples",
+        },
+        "curves": [{
+            "parameter": "scale", "name": "λ (merge.scale)",
+            "family": "merge(ties, [sentiment, topic, intent], scale=*)", "tasks": list(TASKS),
+            "points": [
+                {"x": x, "row": label, "mean": spread(plain[label]),
+                 "validation": plain[label] + 0.01, "chosen": label == sweep[1]}
+                for x, label in zip((0.5, 1.0, 1.5), sweep, strict=True)
+            ],
+        }],
+        "similarity": {"labels": similar, "pairs": pairs},
+        "orders": [{
+            "row": nested, "reverse": "stitch([merge(linear, [topic, intent]), sentiment])",
+            "effect": {"value": 0.21, "low": 0.21, "high": 0.21, "n": 90},
+            "tasks": [
+                {"task": t, "metric": "accuracy", "given": figure(values[nested][t]),
+                 "reverse": figure(values[nested][t] - 0.04), "difference": spread(0.04)}
+                for t in TASKS
+            ],
+        }],
+        "forgetting": forgot,
+        "lineage": {
+            "nodes": nodes, "edges": [{"a": a, "b": b, "weight": w} for a, b, w in edges],
+        },
+        "reused": {"found": 3, "made": 21},
+    }  # fmt: skip
+    folder = out / "runs" / "compared"
+    folder.mkdir(parents=True)
+    record = _stored(
+        folder,
+        operation="compare",
+        recipe="compare/bricks",
+        name="compared",
+        seed=0,
+        config_hash="cc0011",
+        backbone={"id": "minilm", "fingerprint": FINGERPRINT, "unchanged": True},
+        cost={"seconds": 60.0},
+        inputs={"backbone": FINGERPRINT, "data/topic/test": "ab" * 32},
+        matrix=matrix,
+        refitted=[
+            {**one, "head": "head refitted"} for one in matrix
+            if one["role"] != "floor" and one["brick"] not in (sweep[0], sweep[2])
+        ],
+        comparison=comparison,
+    )  # fmt: skip
+    return [record, *trained_bricks]
+
+
+def found(out: Path, name: str = "tuned", *, adapts: bool = False) -> Record:
+    """A merge of two bricks whose weights and λ were found; or adapted on test inputs."""
+    say = "adapts on test inputs" if adapts else None
+    axes = ["weight of topic", "weight of intent", "scale"]
+    trials = []
+    for at in range(27):
+        point = [(0.0, 0.5, 1.0)[at // 9], (0.0, 0.5, 1.0)[at // 3 % 3], (0.3, 1.0, 2.0)[at % 3]]
+        value = 0.9 - sum((x - best) ** 2 for x, best in zip(point, (0.5, 1, 1), strict=True)) / 8
+        trials.append({
+            "point": dict(zip(axes, point, strict=True)), "value": 1 - value if adapts else value,
+            "scores": {"topic": value, "intent": value}, "penalty": 0.0,
+        })  # fmt: skip
+    cells = [cell(name, task, TASKS[task][0] - 0.02, "merged") for task in ("topic", "intent")]
+    return new_record(
+        operation="merge",
+        recipe="merge/task_arithmetic",
+        name=name,
+        seed=0,
+        config_hash=f"{abs(hash_of(name)):064x}",
+        brick={"name": name, "version": "0a" * 6, "path": str(out), "parents": []},
+        matrix=[{**one, "note": say} if say else one for one in cells],
+        search={
+            "method": "adamerging" if adapts else "grid",
+            "objective": "entropy" if adapts else "metric",
+            "chosen_on": "test inputs" if adapts else "validation",
+            "note": say,
+            "lower_is_better": adapts,
+            "rows": {"topic": 200, "intent": 200},
+            "axes": axes,
+            "trials": trials,
+            "chosen": next(i for i, one in enumerate(trials) if list(one["point"].values())
+                           == [0.5, 1.0, 1.0]),
+        },
+    )  # fmt: skip

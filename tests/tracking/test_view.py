@@ -6,7 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from demo_records import FINGERPRINT, TASKS, averaged, cell, figure, quickstart, trained
+from demo_records import (
+    FINGERPRINT,
+    TASKS,
+    averaged,
+    cell,
+    compared,
+    figure,
+    quickstart,
+    trained,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -320,3 +329,33 @@ def test_the_figure_of_a_run_is_its_tasks_own() -> None:
         metrics={"test/accuracy": figure(0.8), "test/mcc": figure(0.4)},
     )
     assert view([record], Path())["runs"][0]["figure"]["key"] == "test/mcc"
+
+
+def test_a_comparison_decides_what_its_page_ranks(tmp_path: Path) -> None:
+    """Its averages, its seeds, its rivals; the matrices of the other records do not come in."""
+    records = compared(tmp_path)
+    told = records[0]["comparison"]
+    told["groups"] = [
+        {"label": "draws", "members": ["topic", "intent"], "mean": None, "normalised": None}
+    ]
+    records[1]["matrix"].append(cell("stray", "elsewhere", 0.5, "brick"))  # type: ignore[arg-type]
+    shown = view(records, tmp_path)
+    labels = [row["label"] for row in shown["matrix"]["rows"]]
+    assert "stray" not in labels and "draws · mean of 2 seeds" in labels
+    group = shown["matrix"]["rows"][labels.index("draws · mean of 2 seeds")]
+    both = [0.88, TASKS["topic"][1] - 0.03]  # topic's and intent's own on topic
+    assert group["cells"][1]["value"] == pytest.approx(np.mean(both)) and group["mean"] is None
+    assert [row["label"] for row in shown["matrix"]["rows"] if row.get("passed_over")] == [
+        row["label"] for row in told["rows"] if not row["competes"] and row["role"] != "floor"
+    ]
+    assert shown["headline"]["of"] == 4 and shown["headline"]["clear"]
+    assert shown["headline"]["ceiling"]["value"] == pytest.approx(
+        np.mean([value for value, _ in TASKS.values()])
+    )
+    assert shown["headline"]["cost"]["make_seconds"] == 0.25
+    seconds = {shown["matrix"]["rows"][p["row"]]["label"]: p["cost"] for p in shown["costs"]}
+    assert seconds["topic"]["make_seconds"] == 9.5
+    refitted = {row["label"]: row["mean"] for row in shown["refitted"]["rows"]}
+    assert refitted["frozen backbone"]["value"] == pytest.approx(
+        np.mean([floor for _, floor in TASKS.values()])
+    )

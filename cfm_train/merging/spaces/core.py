@@ -37,8 +37,12 @@ class Core(Space):
             )
         self.merged = Merged(self.loras, backbone, options)
 
+    def refuse_overlap(self) -> None:
+        """See the contract."""
+        self.merged.refuse_overlap()
+
     def entries(self) -> Iterator[Entry]:
-        """Each site's cores, float64, and the biases."""
+        """Each site's cores, float32, and the biases."""
         for site in self.merged.sites():
             yield Entry(f"{site}.core", site, functools.partial(self._cores, site))
             if self.merged.has_bias(site):
@@ -74,7 +78,8 @@ class Core(Space):
             if site in brick.scales:
                 found = factors(brick, site)
                 core.copy_((left.T @ found.B) @ (found.A @ right))
-        return cores
+        # The factors were float32, and what a rule takes for rounding goes by the dtype.
+        return cores.float()
 
 
 def basis(columns: Tensor) -> Tensor:

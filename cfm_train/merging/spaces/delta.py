@@ -50,6 +50,10 @@ class Delta(Space):
         dora = any(map(is_dora, self.loras))
         return frozenset({"identity", "idempotent", "cancel"} if dora else ())
 
+    def refuse_overlap(self) -> None:
+        """See the contract."""
+        self.merged.refuse_overlap()
+
     def entries(self) -> Iterator[Entry]:
         """ΔW ``[out, in]`` and the bias ``[out]`` of every site, float32."""
         for site in self.merged.sites():

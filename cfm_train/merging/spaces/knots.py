@@ -27,7 +27,13 @@ if TYPE_CHECKING:
 
 
 class Knots(Space):
-    """Blocks ``Vᵢᵀ`` in the basis that the updates' columns share."""
+    """Blocks ``Vᵢᵀ`` in the basis that the updates' columns share.
+
+    Where no brick's B depends on the others', ``VᵢᵀVⱼ`` is zero and all singular values of a block
+    are one.
+    """
+
+    flat = True
 
     def __init__(self, bricks: Sequence[Brick], backbone: Backbone, options: Options) -> None:
         super().__init__(bricks, backbone, options)
@@ -39,8 +45,12 @@ class Knots(Space):
             )
         self.merged = Merged(self.loras, backbone, options)
 
+    def refuse_overlap(self) -> None:
+        """See the contract."""
+        self.merged.refuse_overlap()
+
     def entries(self) -> Iterator[Entry]:
-        """Each site's blocks, float64, and the biases."""
+        """Each site's blocks, float32, and the biases."""
         for site in self.merged.sites():
             yield Entry(f"{site}.aligned", site, functools.partial(self._blocks, site))
             if self.merged.has_bias(site):
@@ -71,9 +81,17 @@ class Knots(Space):
         # [k, N·in]: small, since k is at most the sum of the ranks. Its Gram matrix is the sum of
         # those of the blocks, the same in any order of the bricks.
         U, S, Vh = torch.linalg.svd(torch.cat(list(blocks), dim=1), full_matrices=False)
-        some = max(S[0].item(), 1e-300) * 1e-12 < S
+        # The factors were float32. Directions below its rounding are no directions of an update,
+        # and their vectors, as long as all others, must not take part in what a rule compares; nor
+        # may a brick that has nothing in a direction vote there with the rounding of a zero.
+        rounding = torch.finfo(torch.float32).eps
+        some = max(S[0].item(), 1e-300) * rounding < S
+        if not some.any():  # no brick changes anything here
+            return columns.new_zeros(len(columns), 1), blocks[:, :1].float()
         U, S, Vh = U[:, some], S[some], Vh[some]
-        return columns @ (U * S), torch.stack(Vh.split(place.in_features, dim=1))
+        aligned = (U / S).T @ blocks
+        aligned[aligned.abs() < rounding * Vh.abs().amax(1, keepdim=True)] = 0
+        return columns @ (U * S), aligned.float()
 
     def _blocks(self, site: str) -> Tensor:
         return self._aligned(site)[1]

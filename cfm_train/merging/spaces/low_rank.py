@@ -17,11 +17,16 @@ from torch import Tensor
 from cfm_train.bricks.bank import bias_of, weight_of
 from cfm_train.bricks.brick import Brick, parameter_name
 from cfm_train.bricks.lora import LoRA
+from cfm_train.bricks.peft_modules import overlap
 from cfm_train.errors import UserError
 from cfm_train.merging.spaces.space import Options, Result
 
 if TYPE_CHECKING:
     from cfm_train.backbone.load import Backbone
+
+
+#: A share of an update that is left out up to this is the rounding of float32 entries.
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ def truncate(left: Tensor, right: Tensor, rank: int | None) -> tuple[Factors, fl
     outer, between_left = torch.linalg.qr(left)
     inner, between_right = torch.linalg.qr(right.T)
     U, S, Vh = torch.linalg.svd(between_left @ between_right.T, full_matrices=False)
-    return keep(outer @ U, S, Vh @ inner.T, rank)
+    return keep(outer @ U[:, :rank], S, Vh[:rank] @ inner.T, rank)
 
 
 def truncate_dense(update: Tensor, rank: int) -> tuple[Factors, float]:
@@ -130,9 +135,9 @@ def keep(U: Tensor, S: Tensor, Vh: Tensor, rank: int) -> tuple[Factors, float]:
     """The first ``rank`` triplets of an SVD, and the share (of the norm) of the others.
 
     Args:
-        U: ``[out, k]``.
-        S: ``[k]``, falling.
-        Vh: ``[k, in]``.
+        U: ``[out, k]``, of which the first ``rank`` columns are read.
+        S: ``[k]``, falling; all of them.
+        Vh: ``[k, in]``, of which the first ``rank`` rows are read.
         rank: how many are kept; the roots of their values go to both sides.
     """
     root = S[:rank].sqrt()
@@ -161,6 +166,22 @@ class Merged:
     def sites(self) -> list[str]:
         """The sites that a parent touches, in the backbone's order."""
         return [name for name in self.backbone.sites if any(name in b.scales for b in self.bricks)]
+
+    def refuse_overlap(self) -> None:
+        """Refuses sites that share rows of a weight (a fused one, and a part of it).
+
+        Raises:
+            UserError: two do; a plain sum alone may take them one by one.
+        """
+        sites = [self.backbone.sites[name] for name in self.sites()]
+        for number, site in enumerate(sites):
+            for other in sites[:number]:
+                if overlap(site, other):
+                    raise UserError(
+                        f"The bricks change '{other.name}' and '{site.name}', which share rows of "
+                        "one weight: only rule=linear or rule=task_arithmetic with sparsify=none "
+                        "can merge them."
+                    )
 
     def has_bias(self, site: str) -> bool:
         """Whether a parent adds a bias there."""
@@ -205,6 +226,5 @@ class Merged:
             A, B = found.A.float().contiguous(), found.B.float().contiguous()
             brick.add_site(site, A, B, A.shape[0], None, bias)
             brick.know(self.backbone, site)
-        return Result(
-            brick.to(self.backbone.device), None if self.options.rank is None else self.lost
-        )
+        cut = self.options.rank is not None or (self.lost or 0.0) > _ROUNDING
+        return Result(brick.to(self.backbone.device), self.lost if cut else None)

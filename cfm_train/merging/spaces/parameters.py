@@ -32,15 +32,46 @@ if TYPE_CHECKING:
 _FREE = ("sites", "layers", "dropout", "alpha", "rslora")
 
 
+#: PEFT's tuners that change the answers when all their parameters are zero (norms' own weights,
+#: scales around one, reflections): nobody says from where their updates are measured.
+_NO_ORIGIN = frozenset({"boft", "frod", "hra", "ln_tuning", "psoft", "road"})
+
+
 class Parameters(Space):
     """Every trained tensor of the bricks."""
 
     def __init__(self, bricks: Sequence[Brick], backbone: Backbone, options: Options) -> None:
         super().__init__(bricks, backbone, options)
+        if options.rank is not None:
+            raise UserError(
+                "merge.space=parameters keeps the shapes of the bricks: leave merge.rank out"
+                + (", or use merge.space=delta." if isinstance(bricks[0], LoRA) else ".")
+            )
+        # As they lie on disk: a P-tuning prompt without the network that it was trained through.
+        self.bricks = [
+            type(one).restore(one.interface(), one.body_files(), backbone)
+            if one.kind == "peft"
+            else one
+            for one in self.bricks
+        ]
         first = self.bricks[0]
         for brick in self.bricks[1:]:
             refuse_difference(first, brick)
         self.found: dict[str, Tensor] = {}
+
+    def refuse_no_origin(self) -> None:
+        """Refuses bricks whose parameters can be averaged and nothing else.
+
+        Raises:
+            UserError: with all parameters zero they are not the bare backbone.
+        """
+        tuner = self.bricks[0].hyper.get("tuner")
+        if tuner in _NO_ORIGIN:
+            raise UserError(
+                f"Bricks of PEFT's {tuner} do something even when all parameters are zero, so they "
+                "have no updates: use rule=linear with weights that add up to one, merge.scale=1 "
+                "and sparsify=none."
+            )
 
     def breaks(self) -> frozenset[str]:
         """Products mix with ``fold=sqrt``; a prompt of zeros is not no prompt."""
@@ -134,14 +165,14 @@ class Parameters(Space):
         if not isinstance(brick, LoRA):
             return brick.neutral
         what = name.split(".")[0]
+        if what != "magnitude" and (what != "bias" or brick.hyper["bias"] != "lora_only"):
+            return 0.0
         site = self.backbone.sites[self._site(name)]
         module = self.backbone.model.get_submodule(site.module)
         if what == "magnitude":
             return row_norms(module, site).double().cpu()
-        if what == "bias" and brick.hyper["bias"] == "lora_only":
-            own = bias_of(module, site)
-            return 0.0 if own is None else own.detach().double().cpu()
-        return 0.0
+        own = bias_of(module, site)
+        return 0.0 if own is None else own.detach().double().cpu()
 
     def _site(self, name: str) -> str:
         """The site a parameter belongs to; its own name where it names none."""

@@ -80,11 +80,15 @@ class Space(ABC):
         backbone: the backbone they were made for.
         options: rank, fold and λ.
 
+    Attributes:
+        flat: whether the singular values of an entry are all alike, so that none is the largest.
+
     Raises:
         UserError: the bricks have no such form, or not the same.
     """
 
     kind: ClassVar[str]
+    flat: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -94,6 +98,13 @@ class Space(ABC):
         self.bricks = list(bricks)
         self.backbone = backbone
         self.options = options
+
+    def refuse_overlap(self) -> None:  # noqa: B027 (most spaces have nothing to refuse)
+        """Refuses bricks whose entries share weights, for a rule that must see those at once.
+
+        Raises:
+            UserError: two entries are updates of the same weights.
+        """
 
     def breaks(self) -> frozenset[str]:
         """Promises of rules (`rule.PROMISES`) that do not hold in this space for these bricks."""

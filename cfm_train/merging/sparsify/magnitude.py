@@ -35,8 +35,16 @@ class Magnitude(Sparsifier):
         trimmed = torch.zeros_like(updates)
         for whole, kept in zip(updates, trimmed, strict=True):
             flat = whole.reshape(-1)
-            count = max(1, int(self.density * flat.numel())) if self.density > 0 else 0
-            mask = largest(flat.abs(), count)
+            mask = largest(flat.abs(), self._count(flat.numel()))
             part = flat * mask
             kept.copy_((same_l1(part, flat) if self.rescale == "l1" else part).view_as(whole))
         return trimmed
+
+    def keeps(self, count: int) -> int | None:
+        """See the contract; a trim that rescales needs the norms too."""
+        return self._count(count) if self.rescale == "none" else None
+
+    def _count(self, count: int) -> int:
+        if self.density >= 1:
+            return count
+        return max(1, int(self.density * count)) if self.density > 0 else 0

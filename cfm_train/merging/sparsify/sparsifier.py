@@ -20,12 +20,14 @@ class Sparsifier(ABC):
     Attributes:
         kind: its name, that of its file.
         random: whether it draws; the draws depend on seed, entry and input alone.
+        elementwise: whether what becomes of a number depends on the same place of the inputs alone.
         rows: whether it ranks the numbers of a row ``[..., in]`` among themselves, so that a group
             of several tensors cannot be taken at once.
     """
 
     kind: ClassVar[str]
     random: ClassVar[bool] = False
+    elementwise: ClassVar[bool] = False
     rows: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: object) -> None:
@@ -43,6 +45,14 @@ class Sparsifier(ABC):
         Returns:
             ``[N, *shape]``, a new tensor where anything changes.
         """
+
+    def keeps(self, count: int) -> int | None:
+        """How many of ``count`` numbers stay, where keeping the largest is all that it does.
+
+        Such a trim needs no more of an update than its threshold, so whole models are trimmed a
+        piece at a time. None for every other sparsifier.
+        """
+        return None
 
 
 def generator(seed: int, entry: str, source: str) -> torch.Generator:

@@ -26,6 +26,8 @@ class Tall(Sparsifier):
         agree: how many tasks must use a number; None gives each update its own mask.
     """
 
+    elementwise = True
+
     def __init__(self, threshold: NonNegative, agree: Positive | None) -> None:
         self.threshold = threshold
         self.agree = agree

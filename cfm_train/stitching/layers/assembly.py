@@ -21,27 +21,18 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from cfm_train.backbone.configs import FREE
 from cfm_train.backbone.pretrained import skeleton
 from cfm_train.backbone.roles import assign
 from cfm_train.backbone.sites import SiteMap
 from cfm_train.backbone.spec import ResolvedBackbone
+from cfm_train.backbone.tensors import Placed
 from cfm_train.backbone.trace import Trace, trace
 from cfm_train.errors import UserError
-from cfm_train.stitching.layers.sources import Placed, Slice, Source
+from cfm_train.stitching.layers.sources import Slice, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-#: Config keys that change no logit of a frozen model, or that the stitch itself settles.
-_FREE = frozenset(
-    {
-        "_name_or_path", "architectures", "bos_token_id", "decoder_start_token_id", "dtype",
-        "eos_token_id", "forced_bos_token_id", "forced_eos_token_id", "id2label",
-        "initializer_range", "label2id", "pad_token_id", "pretraining_tp", "problem_type",
-        "sep_token_id", "task_specific_params", "tie_word_embeddings", "torch_dtype",
-        "transformers_version", "use_cache",
-    }
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -159,7 +150,7 @@ def _agree(one: _Opened, other: _Opened) -> None:
             "they are only within one architecture; use recipe=stitch/bridge."
         )
     for key in sorted(a.keys() | b.keys()):
-        free = key in _FREE or key == "num_hidden_layers" or "drop" in key
+        free = key in FREE or key == "num_hidden_layers" or "drop" in key
         if free or (_per_layer(key, a, one) and _per_layer(key, b, other)):
             continue
         if a.get(key) != b.get(key):

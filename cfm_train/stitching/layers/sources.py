@@ -9,28 +9,18 @@ such group, or more than one, the model is refused. Tensors are looked up in fil
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from cfm_train.backbone.fingerprint import fingerprint, tokenizer_files, tokenizer_hash
+from cfm_train.backbone.fingerprint import fingerprint
+from cfm_train.backbone.named import backbone_section
 from cfm_train.backbone.spec import ResolvedBackbone, resolve
+from cfm_train.backbone.tensors import NUMBERED, Placed, placed_tensors, stacks_of
 from cfm_train.errors import UserError
-from cfm_train.library.tensorfile import TensorInfo, read_header
 
 _SLICE = re.compile(r"(?P<model>.+):(?P<start>\d+)-(?P<stop>\d+)")
-_NUMBERED = re.compile(r"(?P<stack>(?:[^.\d][^.]*\.)*?[^.\d][^.]*)\.(?P<layer>\d+)\.(?P<rest>.+)")
-
-
-@dataclass(frozen=True)
-class Placed:
-    """A tensor and the file that it lies in."""
-
-    file: Path
-    info: TensorInfo
 
 
 @dataclass(frozen=True)
@@ -73,16 +63,6 @@ class Slice:
         return f"{self.source.name}:{self.start}-{self.stop}"
 
 
-def backbone_section(text: str) -> dict[str, Any]:
-    """The ``backbone`` section behind a name of ``conf/backbone``, a folder or a Hub id."""
-    from cfm_train.config.catalogue import groups
-    from cfm_train.config.compose import option
-
-    if text in groups()["backbone"] and text != "hf":
-        return option("backbone", text)
-    return option("backbone", "hf", path=text)
-
-
 def open_source(text: str) -> Source:
     """A backbone with the places of all its tensors.
 
@@ -91,16 +71,12 @@ def open_source(text: str) -> Source:
     """
     section = backbone_section(text)
     backbone = resolve(section)
-    placed: dict[str, Placed] = {}
-    for path in backbone.files:
-        with path.open("rb") as file:
-            for name, info in read_header(file, str(path)).items():
-                placed[name] = Placed(path, info)
+    placed = placed_tensors(backbone)
     stack, count = stack_of(placed, backbone.id)
     layers: list[dict[str, Placed]] = [{} for _ in range(count)]
     around = {}
     for name, place in placed.items():
-        match = _NUMBERED.fullmatch(name)
+        match = NUMBERED.fullmatch(name)
         if match and match["stack"] == stack:
             layers[int(match["layer"])][match["rest"]] = place
         else:
@@ -121,11 +97,7 @@ def stack_of(names: Sequence[str] | dict[str, Any], model: str) -> tuple[str, in
     Raises:
         UserError: there is no stack of layers, or more than one.
     """
-    found: dict[str, set[int]] = {}
-    for name in names:
-        if match := _NUMBERED.fullmatch(name):
-            found.setdefault(match["stack"], set()).add(int(match["layer"]))
-    stacks = {stack: len(n) for stack, n in found.items() if n == set(range(len(n)))}
+    stacks = stacks_of(names)
     if len(stacks) > 1:  # one of several may be a list of one, such as a projector
         stacks = {stack: n for stack, n in stacks.items() if n > 1} or stacks
     if len(stacks) != 1:
@@ -166,35 +138,3 @@ def read_slices(texts: Sequence[str]) -> list[Slice]:
             )
         slices.append(Slice(source, start, stop))
     return slices
-
-
-def same_tokenizer(one: Source, other: Source) -> None:
-    """Refuses two backbones to which the same text is not the same token numbers.
-
-    Raises:
-        UserError: vocabulary or rules differ.
-    """
-    a, b = one.backbone.folder, other.backbone.folder
-    if tokenizer_hash(a) != tokenizer_hash(b) and _rules(a) != _rules(b):
-        raise UserError(
-            f"'{one.name}' and '{other.name}' have different tokenizers, so a token means another "
-            "thing to each: choose two models with the same tokenizer."
-        )
-    sizes = [source.backbone.config.get("vocab_size") for source in (one, other)]
-    if sizes[0] != sizes[1]:
-        raise UserError(
-            f"'{one.name}' has a vocabulary of {sizes[0]} tokens and '{other.name}' of {sizes[1]}: "
-            "choose two models with the same vocabulary."
-        )
-
-
-def _rules(folder: Path) -> Any:
-    """What a fast tokenizer does, without settings that only shape a batch; else its files."""
-    path = folder / "tokenizer.json"
-    if path not in tokenizer_files(folder):
-        return tokenizer_hash(folder)
-    try:
-        rules = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"Cannot read '{path}' ({error}): repair it.") from None
-    return {key: value for key, value in rules.items() if key not in ("truncation", "padding")}

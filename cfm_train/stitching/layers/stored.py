@@ -11,13 +11,13 @@ from typing import Any
 
 from cfm_train.backbone.fingerprint import fingerprint
 from cfm_train.backbone.load import load_backbone
+from cfm_train.backbone.named import backbone_section
 from cfm_train.backbone.spec import resolve
 from cfm_train.errors import UserError
 from cfm_train.library import gate
 from cfm_train.library.card import Card
 from cfm_train.library.store import Library
 from cfm_train.stitching.layers.bridge import Bridge
-from cfm_train.stitching.layers.sources import backbone_section
 from cfm_train.stitching.layers.stitched import StitchedBackbone, StitchedModel
 
 KIND = "bridge"

@@ -67,6 +67,9 @@ function seconds(value, digits = 2) {
 
 /** What runs can cost: key in the record, name, and how it is written. */
 const COSTS = [
+  ["parameters", "Parameters", count],
+  ["make_seconds", "Time to make it", seconds],
+  ["bytes", "Tensors in memory", bytes],
   ["trainable_parameters", "Trained parameters", count],
   ["train_seconds", "Training time", seconds],
   ["seconds", "Whole run", seconds],

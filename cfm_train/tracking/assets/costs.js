@@ -2,6 +2,7 @@
 
 /** The figure of a matrix row for one column, or the mean gain over the floor on all its tasks. */
 function quality(row, column) {
+  if (column === "normalised" || column === "mean") return row[column];
   if (column !== "gain") return row.cells[column];
   const floors = DATA.matrix.rows.filter((other) => other.role === "floor");
   const gains = row.cells.map((cell, at) => {
@@ -38,15 +39,18 @@ function placeLabels(marks, box) {
   });
 }
 
+const QUALITIES = { gain: "mean gain over the floor, points", normalised: "normalised average, %", mean: "mean over tasks" };
+
 function costChart(key, column, width) {
   const [, costName, costText] = COSTS.find(([name]) => name === key);
   const points = DATA.costs.map((point) => ({ ...point, x: point.cost[key], row: DATA.matrix.rows[point.row] }))
     .map((point) => ({ ...point, figure: quality(point.row, column) }))
-    .filter((point) => point.figure && point.x !== null);
+    .filter((point) => point.figure && (point.x ?? null) !== null);
   if (!points.length) return html("p", { class: "dim" }, `No brick of this task has a figure for “${costName.toLowerCase()}”.`);
-  const metric = column === "gain" ? "gain" : DATA.matrix.tasks[column].metric;
+  const whole = Number.isInteger(column) ? null : column;
+  const metric = whole === "mean" ? metricOf(DATA.matrix.tasks.map((_, at) => at)) : whole || DATA.matrix.tasks[column].metric;
   const bounds = column === "gain" ? [{ name: "floor", value: 0 }] : ["floor", "ceiling"].flatMap((role) => {
-    const cells = DATA.matrix.rows.filter((row) => row.role === role).map((row) => row.cells[column]).filter(Boolean).map((cell) => cell.value);
+    const cells = DATA.matrix.rows.filter((row) => row.role === role).map((row) => quality(row, column)).filter(Boolean).map((cell) => cell.value);
     const strictest = LOWER.has(metric) ? Math.min : Math.max;
     return cells.length ? [{ name: role === "floor" ? "floor" : "upper bound", value: strictest(...cells) }] : [];
   });
@@ -56,19 +60,21 @@ function costChart(key, column, width) {
   const [bottom, top] = widened([...points.flatMap(({ figure }) => [figure.low, figure.high]), ...bounds.map((bound) => bound.value)]);
   const view = frame({ width, height: width < 560 ? 300 : 360, label: `${costName} against ${words(metric)}`,
     x: { low: log ? low : Math.max(0, low), high, log, text: costText, name: costName },
-    y: { low: bottom, high: top, flip: LOWER.has(metric), text: (value, digits) => short(LOWER.has(metric) ? value : 100 * value, Math.max(3, digits)) } });
+    y: { low: bottom, high: top, flip: LOWER.has(metric), text: (value, digits) => short(LOWER.has(metric) ? value : 100 * value, Math.max(3, digits)),
+      name: `${QUALITIES[whole] || `${words(metric)}${unit(metric) && ", %"}, ${DATA.matrix.tasks[column].task}`} — ${LOWER.has(metric) ? "lower" : "higher"} is better` } });
   for (const bound of bounds) {
     const y = view.y(bound.value);
     view.plot.append(svg("line", { class: "bound-line", x1: view.box.left, x2: view.box.right, y1: y, y2: y }),
       svg("text", { class: "halo", x: view.box.right, y: y - 6, "text-anchor": "end" }, bound.name));
   }
-  const marks = points.map((point) => ({ x: view.x(point.x), y: view.y(point.figure.value), text: point.row.label }));
+  const marks = points.map((point) => ({ x: view.x(point.x), y: view.y(point.figure.value), text: fitted(point.row.short || point.row.label, 300) }));
   points.forEach((point, at) => {
     const { x, y } = marks[at];
     const made = point.row.role === "merged";
     const fillColour = made ? "var(--c1)" : "var(--c0)";
     const rows = [...figureRows(point.figure, metric), [costName.toLowerCase(), costText(point.x)]];
-    const group = svg("g", { tabindex: 0, role: "img", "data-value": point.figure.value, "data-cost": point.x,
+    const target = point.card || (COMPARISON && rowOf(point.row.label) ? `#brick-${COMPARISON.rows.indexOf(rowOf(point.row.label))}` : null);
+    const group = svg(target ? "a" : "g", { ...(target ? { href: target } : { tabindex: 0, role: "img" }), "data-value": point.figure.value, "data-cost": point.x,
       "aria-label": `${point.row.label}: ${rows.map(([name, text]) => `${name} ${text}`).join(", ")}` },
     svg("line", { class: "whisker", x1: x, x2: x, y1: view.y(point.figure.low), y2: view.y(point.figure.high), stroke: fillColour }),
     made ? svg("path", { d: `M${x},${y - 8}L${x + 8},${y}L${x},${y + 8}L${x - 8},${y}Z`, fill: fillColour, stroke: "var(--card)", "stroke-width": 1.5 })
@@ -81,22 +87,28 @@ function costChart(key, column, width) {
   return view.root;
 }
 
+const columnOf = (value) => Number.isInteger(Number(value)) ? Number(value) : value;
+
 function drawCosts() {
   const { tasks, rows } = DATA.matrix;
-  const keys = COSTS.filter(([key]) => DATA.costs.some((point) => point.cost[key] !== null));
+  const keys = COSTS.filter(([key]) => DATA.costs.some((point) => (point.cost[key] ?? null) !== null));
   if (DATA.costs.length < 2 || !keys.length) return; // one mark compares nothing; the headline has its cost
   const columns = tasks.map(({ task, metric }, at) => [String(at), `${task}, ${words(metric)}`]);
   const floors = rows.some((row) => row.role === "floor");
   if (tasks.length > 1 && floors) columns.unshift(["gain", "Mean gain over the floor, points"]);
+  for (const [by, name] of [["mean", "Mean over tasks"], ["normalised", "Normalised average"]]) {
+    if (COMPARISON && rows.some((row) => row[by] && competes(row))) columns.unshift([by, name]);
+  }
   const holder = html("div", {});
   let width = 0;
-  const redraw = () => { if (width) holder.replaceChildren(costChart(cost.value, quality.value === "gain" ? "gain" : Number(quality.value), width)); };
+  const redraw = () => { if (width) holder.replaceChildren(costChart(cost.value, columnOf(quality.value), width)); };
   const select = (options) => html("select", { change: redraw }, options.map(([value, name]) => html("option", { value }, name)));
   const cost = select(keys), quality = select(columns);
-  drawnIn(holder, (now) => { width = now; return costChart(cost.value, quality.value === "gain" ? "gain" : Number(quality.value), now); });
+  drawnIn(holder, (now) => { width = now; return costChart(cost.value, columnOf(quality.value), now); });
   const merged = DATA.costs.some((point) => rows[point.row].role === "merged");
   fill("costs",
-    html("p", { class: "lead" }, "Up and to the left is better. The bars are 95\u00a0% intervals",
-      merged ? "; circles are trained bricks, diamonds were made from bricks." : "."),
+    html("p", { class: "lead" }, "Up and to the left is better. A mark leads to its card. The bars are 95\u00a0% intervals",
+      merged ? "; circles are trained bricks, diamonds were made from bricks." : ".",
+      COMPARISON ? " Time is the training loop’s of a trained brick, the whole run’s of a stored merge, and that of putting a configuration together here; what its bricks took is not in it." : null),
     html("div", { class: "tools" }, html("label", {}, "Cost", cost), html("label", {}, "Quality", quality)), holder);
 }

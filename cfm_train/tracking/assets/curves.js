@@ -1,4 +1,4 @@
-// Training curves: one chart for each key of metrics.jsonl, all runs in it, one legend for all.
+// Curves: one chart for each key of metrics.jsonl, all runs in it, one legend for all.
 
 const hiddenRuns = new Set();
 const redraws = [];
@@ -24,7 +24,7 @@ function curveChart(curve, width) {
   const first = Math.min(...steps), last = Math.max(...steps);
   const height = 220;
   const view = frame({ width, height, label: `${curve.key} over steps`,
-    x: { low: first === last ? first - 1 : first, high: first === last ? last + 1 : last, text: count, whole: true },
+    x: { low: first === last ? first - 1 : first, high: first === last ? last + 1 : last, text: count, whole: true, name: "optimiser step" },
     y: { low, high, log: positive, text: short } });
   const path = (line) => line.map(([step, value], at) => `${at ? "L" : "M"}${view.x(step).toFixed(1)},${view.y(value).toFixed(1)}`).join("");
   const noisy = curve.key === "train/loss" || curve.key === "train/gradient_norm";
@@ -98,7 +98,7 @@ function drawCurves() {
     } }, svg("svg", { width: 22, height: 8, "aria-hidden": "true" }, svg("line", { x1: 1, x2: 21, y1: 4, y2: 4, stroke: colour(run), "stroke-width": 3, "stroke-dasharray": dash(run) })), label))));
   const first = curves.slice(0, 3), rest = curves.slice(3);
   fill("curves",
-    html("p", { class: "lead" }, "Over optimiser steps. Noisy curves are smoothed, with the raw values behind them where few runs are shown."),
+    html("p", { class: "lead" }, "Over optimiser steps, of a search over its trials. Noisy curves are smoothed, with the raw values behind them where few runs are shown."),
     labels.size > 1 ? legend : null,
     html("div", { class: "charts" }, first.map(curveCard)),
     rest.length ? html("details", { class: "more" }, html("summary", {}, rest.length === 1 ? "1 more curve" : `${rest.length} more curves`),

@@ -48,6 +48,44 @@ function gain(entry, metric) {
   return html("span", { class: better ? "gain" : "gain behind" }, `${direction}${size} against the frozen backbone`);
 }
 
+/** How sure the win is: the margin to the next best on the same rows, and on what it was chosen. */
+function marginNote(head, metric) {
+  if (!head.margin) return null;
+  const by = pointsOf(head.margin, metric);
+  const chosen = DATA.comparison.rows.find((row) => row.label === head.label);
+  const found = chosen && chosen.chosen_on ? ` Its weights were chosen on ${chosen.chosen_on} rows.` : "";
+  return [html("p", { class: "margin" }, html("span", { class: `pill ${head.clear ? "" : "open"}` }, head.clear ? "clear win" : "too close to call"), " ",
+    html("b", { "data-margin": head.margin.value }, by.value), " ahead of ", html("b", {}, head.runner_up), ` (95\u00a0% interval ${by.range}, ${head.method})`,
+    head.clear ? "." : ": the interval holds 0."),
+  html("p", { class: "dim small" }, `Figures are on test rows; λ, density and weights are never chosen on them.${found}`)];
+}
+function pointsOf(figure, metric) {
+  const plain = LOWER.has(metric);
+  const text = (value) => `${value < 0 ? "−" : "+"}${plain ? short(Math.abs(value)) : (100 * Math.abs(value)).toFixed(1)}`;
+  return { value: `${text(figure.value)}${plain ? "" : " points"}`, range: `${text(figure.low)} to ${text(figure.high)}` };
+}
+
+/** The margin on each task: what the win is made of. */
+function whereItWins(head) {
+  const tasks = Object.entries(head.tasks);
+  if (tasks.length < 2) return null;
+  const metrics = tasks.map(([task]) => head.by === "normalised" ? "score" : DATA.matrix.tasks.find((each) => each.task === task).metric);
+  const most = Math.max(...tasks.flatMap(([, figure]) => [Math.abs(figure.low), Math.abs(figure.high)])) || 1;
+  const bar = (figure, width) => {
+    const x = scale(-most, most, 4, width - 4);
+    const tone = figure.low > 0 ? "var(--good)" : figure.high < 0 ? "var(--bad)" : "var(--faint)";
+    return svg("svg", { width, height: 18, "aria-hidden": "true" },
+      svg("line", { class: "axis", x1: x(0), x2: x(0), y1: 0, y2: 18 }),
+      svg("line", { x1: x(figure.low), x2: x(figure.high), y1: 9, y2: 9, stroke: tone, "stroke-width": 6, "stroke-linecap": "round", opacity: .35 }),
+      svg("circle", { cx: x(figure.value), cy: 9, r: 4.5, fill: tone }));
+  };
+  return [html("p", { class: "eyebrow" }, `Where it is ahead of ${head.runner_up}`),
+    html("table", { class: "margins" }, html("tbody", {}, tasks.map(([task, figure], at) => html("tr", {},
+      html("th", { scope: "row" }, task.replaceAll("_", "_\u200b")), html("td", { class: "bar" }, drawnIn(html("div", {}), (width) => bar(figure, width))),
+      html("td", { class: "number", "data-value": figure.value }, pointsOf(figure, metrics[at]).value.replace(" points", "")))))),
+  ];
+}
+
 function drawHeadline() {
   const head = DATA.headline;
   if (!head) return;
@@ -59,25 +97,27 @@ function drawHeadline() {
         return html("div", {},
           html("div", { class: "each-head" }, html("h3", {}, task),
             html("b", {}, score(entry.figure.value, metric) + unit(metric))),
-          html("div", { class: "dim small" }, `${entry.label}${entry.of > 1 ? `, best of ${entry.of}` : ""} · ${words(metric)}, 95 % ${range(entry.figure, metric)}`),
+          html("div", { class: "dim small" }, `${entry.label}${DATA.matrix.rows[entry.row].note ? ` (${DATA.matrix.rows[entry.row].note})` : ""}${entry.of > 1 ? `, best of ${entry.of}` : ""} · ${words(metric)}, 95 % ${range(entry.figure, metric)}`),
           drawnIn(html("div", {}), (width) => bullet(entry, metric, width)));
       })));
     return;
   }
   const metric = metricOf(head.columns);
   const alone = head.of === 1;
-  const cost = head.run === null ? null : DATA.runs[head.run].cost;
-  const tiles = cost && COSTS.filter(([key]) => cost[key] !== null).slice(0, 4);
+  const cost = head.cost || (head.run === null ? null : DATA.runs[head.run].cost);
+  const tiles = cost && COSTS.filter(([key]) => (cost[key] ?? null) !== null).slice(0, 4);
   fill("headline", html("div", { class: "duo" },
     html("div", {},
       html("p", { class: "eyebrow" }, alone ? "Result" : `Winner of ${head.of}`),
       html("p", { class: "winner" }, head.label),
+      DATA.matrix.rows[head.row].note ? html("p", { class: "note" }, DATA.matrix.rows[head.row].note) : null,
       html("div", { class: "big" }, html("b", { "data-value": head.figure.value }, score(head.figure.value, metric) + unit(metric)), gain(head, metric)),
-      html("p", { class: "dim" }, `${words(metric)}, ${tasksOf(head.columns)} · 95 % interval ${range(head.figure, metric)} · ${head.figure.n} ${head.seeds ? "seeds" : "test examples"}`),
-      drawnIn(html("div", {}), (width) => bullet(head, metric, width))),
-    tiles && html("div", {},
-      html("p", { class: "eyebrow" }, "What it cost"),
-      html("dl", { class: "tiles" }, tiles.map(([key, name, text]) =>
+      html("p", { class: "dim" }, `${head.by === "normalised" ? "share of each task’s individual brick" : words(metric)}, ${tasksOf(head.columns)}, on test rows · 95 % interval ${range(head.figure, metric)} · ${head.figure.n} ${head.seeds ? "seeds" : "test examples"}`),
+      drawnIn(html("div", {}), (width) => bullet(head, metric, width)), marginNote(head, metric)),
+    (tiles || head.margin) && html("div", {},
+      head.margin ? whereItWins(head) : null,
+      tiles && html("p", { class: "eyebrow" }, "What it cost"),
+      tiles && html("dl", { class: "tiles" }, tiles.map(([key, name, text]) =>
         html("div", {}, html("dt", {}, name), html("dd", { "data-cost": key }, text(cost[key]))))))));
 }
 

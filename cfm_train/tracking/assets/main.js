@@ -22,8 +22,9 @@ function drawContents() {
 }
 
 for (const [id, draw] of Object.entries({
-  headline: drawHeadline, checks: drawChecks, matrix: drawMatrix, costs: drawCosts, curves: drawCurves,
-  lineage: drawLineage, samples: drawSamples, runs: drawRuns,
+  headline: drawHeadline, checks: drawChecks, ranking: drawRanking, matrix: drawMatrix, tuning: drawTuning,
+  similarity: drawSimilarity, orders: drawOrders, forgetting: drawForgetting, costs: drawCosts, searches: drawSearches,
+  curves: drawCurves, lineage: drawLineage, bricks: drawBricks, samples: drawSamples, runs: drawRuns,
 })) {
   try {
     draw();

@@ -2,15 +2,16 @@
 
 const ROLES = { brick: "Bricks", merged: "Made from bricks", ceiling: "Upper bounds", floor: "Lower bounds" };
 const BOUND = new Set(["floor", "ceiling"]);
-/** Whether a row can win its columns: a single seed beside the mean of several cannot. */
-const competes = (row) => !BOUND.has(row.role) && !row.part;
+/** Whether a row can win its columns: a single seed beside the mean of several cannot, nor a point
+ *  of a curve that validation did not choose. */
+const competes = (row) => !BOUND.has(row.role) && !row.part && !row.passed_over;
 
 /** For each column what is neutral (the floor, else the worst cell) and how far the furthest is. */
-function columnScales() {
-  return DATA.matrix.tasks.map(({ metric }, at) => {
+function columnScales(matrix) {
+  return matrix.tasks.map(({ metric }, at) => {
     const sign = LOWER.has(metric) ? -1 : 1;
     const merit = (row) => sign * row.cells[at].value;
-    const filled = DATA.matrix.rows.filter((row) => row.cells[at]);
+    const filled = matrix.rows.filter((row) => row.cells[at]);
     const floors = filled.filter((row) => row.role === "floor").map(merit);
     const zero = floors.length ? Math.max(...floors) : Math.min(...filled.map(merit));
     const far = Math.max(...filled.map((row) => Math.abs(merit(row) - zero)));
@@ -24,30 +25,32 @@ function headRow(row, cell) {
   const own = cell.head === row.brick;
   return [["head", own ? "its own" : cell.head === "head refitted" ? "refitted on it" : `that of ${cell.head}`]];
 }
+const anew = (row, cell) => Boolean(cell && cell.head === "head refitted");
 const borrowed = (row, cell) => Boolean(cell && cell.head && cell.head !== row.brick && cell.head !== "head refitted");
 
-function heatCell(row, number, at, scales) {
+function heatCell(matrix, row, number, at, scales) {
   const cell = row.cells[at];
   if (!cell) return html("td", { class: "empty" }, html("span", { "aria-label": "not measured" }, "·"));
-  const { task, metric } = DATA.matrix.tasks[at];
+  const { task, metric } = matrix.tasks[at];
   const { zero, far, merit } = scales[at];
   const distance = far ? (merit(row) - zero) / far : 0;
   const t = Math.abs(distance);
-  const rivals = DATA.matrix.rows.filter((other) => other.cells[at] && competes(other)).length;
-  const best = DATA.matrix.best[at] === number && rivals > 1;
+  const rivals = matrix.rows.filter((other) => other.cells[at] && competes(other)).length;
+  const best = matrix.best[at] === number && rivals > 1;
+  const marked = matrix === DATA.matrix;
   const classes = [distance > 0 ? "gain" : distance < 0 ? "behind" : "", best ? "best" : ""];
   return withTip(html("td", {
     class: classes.join(" ").trim(), style: `--t:${t.toFixed(3)}`, tabindex: -1, "data-value": cell.value,
     "data-low": cell.low, "data-high": cell.high,
-  }, html("b", {}, score(cell.value, metric)), borrowed(row, cell) ? html("sup", { class: "dim", "aria-label": "with another brick's head" }, "†") : null, html("small", {}, range(cell, metric))),
+  }, html("b", {}, score(cell.value, metric)), borrowed(row, cell) ? html("sup", { class: "dim", "aria-label": "with another brick's head" }, "†") : marked && anew(row, cell) ? html("sup", { class: "dim", "aria-label": "with a head trained anew" }, "‡") : null, html("small", {}, range(cell, metric))),
   () => ({ title: `${row.label} on ${task}`, rows: [...figureRows(cell, metric, row.members), ...headRow(row, cell), ...(best ? [["", "best of the column"]] : [])] }));
 }
 
-function meanCell(row) {
+function meanCell(row, metric) {
   if (!row.mean) return html("td", { class: "empty mean" });
   return withTip(html("td", { class: "mean", tabindex: -1, "data-value": row.mean.value },
-    html("b", {}, score(row.mean.value, "mean")), html("small", {}, range(row.mean, "mean"))),
-  () => ({ title: `${row.label}, mean of all tasks`, rows: figureRows(row.mean, "mean", row.members) }));
+    html("b", {}, score(row.mean.value, metric)), html("small", {}, range(row.mean, metric))),
+  () => ({ title: `${row.label}, mean`, rows: figureRows(row.mean, metric, row.members) }));
 }
 
 /** One tab stop for the whole table; the arrow keys go from cell to cell. */
@@ -75,14 +78,17 @@ function withArrows(table) {
   return table;
 }
 
-function drawMatrix() {
-  const { tasks, rows } = DATA.matrix;
-  if (!rows.length) return;
+/** One matrix as a table; what a key explains follows it. */
+function matrixTable(matrix, over) {
+  const { tasks, rows } = matrix;
   const means = rows.some((row) => row.mean && !BOUND.has(row.role));
-  const scales = columnScales();
+  const scales = columnScales(matrix);
+  const counted = over ? tasks.filter(({ task }) => over.includes(task)) : tasks;
+  const metric = counted.every((task) => LOWER.has(task.metric)) ? "loss" : "mean";
   const head = html("thead", {}, html("tr", {}, html("td", {}),
-    tasks.map(({ task, metric }) => html("th", { scope: "col" }, task.replaceAll("_", "_\u200b"), html("small", {}, words(metric)))),
-    means ? html("th", { scope: "col" }, "mean", html("small", {}, "all tasks")) : null));
+    tasks.map((each) => html("th", { scope: "col" }, each.task.replaceAll("_", "_\u200b"), html("small", {}, words(each.metric), each.lower_is_better ? " ↓" : " ↑"),
+      over && !over.includes(each.task) ? html("small", { class: "tag" }, "unrelated") : null)),
+    means ? html("th", { scope: "col" }, "mean", html("small", {}, counted.length < tasks.length ? `of ${counted.length} tasks` : "all tasks")) : null));
   const body = html("tbody", {});
   let role = null;
   rows.forEach((row, number) => {
@@ -90,9 +96,27 @@ function drawMatrix() {
       role = row.role;
       body.append(html("tr", { class: "group" }, html("th", { colspan: tasks.length + 1 + means, scope: "rowgroup" }, ROLES[role])));
     }
-    body.append(html("tr", { class: BOUND.has(role) ? "bound" : row.part ? "part" : "" }, html("th", { scope: "row" }, row.brick, row.label === row.brick ? null : html("small", {}, row.label.slice(row.brick.length + 3))),
-      tasks.map((_, at) => heatCell(row, number, at, scales)), means ? meanCell(row) : null));
+    const notes = [row.label === row.brick ? null : row.label.slice(row.brick.length + 3), row.passed_over ? "not chosen on validation" : null].filter(Boolean);
+    body.append(html("tr", { class: BOUND.has(role) ? "bound" : row.part || row.passed_over ? "part" : "" },
+      html("th", { scope: "row" }, COMPARISON ? nameOf(row.brick) : row.brick, notes.length ? html("small", {}, notes.join(" · ")) : null,
+        row.note ? html("small", { class: "said" }, row.note) : null),
+      tasks.map((_, at) => heatCell(matrix, row, number, at, scales)), means ? meanCell(row, metric) : null));
   });
+  const floor = rows.some((row) => row.role === "floor");
+  return [html("div", { class: "scroll" }, withArrows(html("table", { class: "heat",
+    style: `--columns:${tasks.length + means};--first:${tasks.length > 8 ? 130 : 220}px` }, head, body))),
+  html("div", { class: "key" },
+    floor ? html("span", { class: "nowrap" }, "below the floor ", html("span", { class: "ramp", "aria-hidden": "true" }), " furthest above") : null,
+    rows.filter(competes).length > 1 ? html("span", {}, html("span", { class: "best" }, "ring"), " best of its column") : null,
+    matrix === DATA.matrix && rows.some((row) => row.cells.some((cell) => borrowed(row, cell))) ? html("span", { class: "borrowed" }, "† with the head of the task's own brick") : null,
+    matrix === DATA.matrix && rows.some((row) => row.cells.some((cell) => anew(row, cell))) ? html("span", {}, "‡ with a head trained anew on it: no brick here brings one") : null,
+    html("span", {}, tasks.some(({ lower_is_better: lower }) => lower) ? "↑ higher, ↓ lower is better" : "↑ higher is better"),
+    rows.some((row) => row.cells.includes(null)) ? html("span", {}, "· not measured") : null)];
+}
+
+function drawMatrix() {
+  const { tasks, rows } = DATA.matrix;
+  if (!rows.length) return;
   const floor = rows.some((row) => row.role === "floor");
   const natural = tasks.some(({ metric }) => LOWER.has(metric));
   fill("matrix",
@@ -100,11 +124,8 @@ function drawMatrix() {
       natural ? "" : ", in percent", ", with its 95\u00a0% interval. Colour counts from ",
       floor ? "the lower bound (the frozen backbone with a head of its own)." : "the lowest cell of the column.",
       rows.some((row) => row.members) ? " A mean over seeds has Student's interval over them; single seeds do not compete." : null),
-    html("div", { class: "scroll" }, withArrows(html("table", { class: "heat",
-      style: `--columns:${tasks.length + means};--first:${tasks.length > 8 ? 130 : 220}px` }, head, body))),
-    html("div", { class: "key" },
-      floor ? html("span", { class: "nowrap" }, "below the floor ", html("span", { class: "ramp", "aria-hidden": "true" }), " furthest above") : null,
-      DATA.matrix.rows.filter(competes).length > 1 ? html("span", {}, html("span", { class: "best" }, "ring"), " best of its column") : null,
-      rows.some((row) => row.cells.some((cell) => borrowed(row, cell))) ? html("span", { class: "borrowed" }, "† with the head of the task's own brick") : null,
-      rows.some((row) => row.cells.includes(null)) ? html("span", {}, "· not measured") : null));
+    matrixTable(DATA.matrix, COMPARISON && COMPARISON.tasks));
+  if (DATA.refitted) fill("refitted",
+    html("p", { class: "lead" }, "The same bodies, each with a head trained anew on its features: what is still in them of a task, where the table above asks what the task’s own head still reads."),
+    matrixTable(DATA.refitted, COMPARISON && COMPARISON.tasks));
 }

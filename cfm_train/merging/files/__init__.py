@@ -1,0 +1,1 @@
+"""PEFT adapter folders merged as files: no backbone, no library, no network."""

@@ -1,0 +1,217 @@
+"""Weights found: every point tried, the best taken, the merge of it judged on test rows once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from cfm_train.backbone.fingerprint import tokenizer_hash
+from cfm_train.config.compose import option
+from cfm_train.config.searching import ADAPTS
+from cfm_train.data.encode import encode
+from cfm_train.evaluation.matrix import cells_of, figures_of, row
+from cfm_train.evaluation.scorer import Body, Scorer
+from cfm_train.evaluation.shelf import Shelf
+from cfm_train.merging.search.search import Search, lower
+from cfm_train.operations.bench import Bench, Tried
+from cfm_train.operations.selection import Selection
+from cfm_train.operations.sought import Sought
+from cfm_train.paths import cache_dir
+from cfm_train.tracking.comparison_tables import cells
+from cfm_train.tracking.metrics_file import MetricsFile
+
+if TYPE_CHECKING:
+    from cfm_train.backbone.load import Backbone
+    from cfm_train.tracking.wandb_run import WandbRun
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search came to.
+
+    Attributes:
+        weights: the weights of the best point, as an expression has them; None for a rule without.
+        section: the section ``merge`` with the best point's parameters.
+        entry: ``search`` of the record.
+        heatmap: the weights by brick and layer; None where they are the same in all layers.
+        curves: the file with a row for each trial.
+    """
+
+    weights: Any
+    section: dict[str, Any]
+    entry: dict[str, Any]
+    heatmap: dict[str, Any] | None
+    curves: Path
+
+    @property
+    def note(self) -> str | None:
+        """What is said beside its figures."""
+        said: str | None = self.entry["note"]
+        return said
+
+    @property
+    def choice(self) -> dict[str, Any]:
+        """What the card keeps: the rows that decided, and the note."""
+        return {key: self.entry[key] for key in ("chosen_on", "note")}
+
+    def record(self) -> dict[str, Any]:
+        """The search's part of the record."""
+        heatmaps = {"heatmaps": [self.heatmap]} if self.heatmap else {}
+        return {"search": self.entry, "curves": str(self.curves), **heatmaps}
+
+    def line(self) -> str:
+        """What a person reads of it."""
+        best = self.entry["trials"][self.entry["chosen"]]
+        note = f"; {self.entry['note']}" if self.entry["note"] else ""
+        return (
+            f"weights chosen on {self.entry['chosen_on']} by {self.entry['objective']} "
+            f"{best['value']:.4f}, trial {self.entry['chosen'] + 1} of "
+            f"{len(self.entry['trials'])}{note}"
+        )
+
+
+def find(bench: Bench, wandb: WandbRun, folder: Path) -> Found:
+    """Goes through the search's proposals and takes the point of least cost.
+
+    Args:
+        bench: where points are tried.
+        wandb: gets a row for each trial.
+        folder: the run's; ``metrics.jsonl`` is written when the search is over.
+    """
+    search = bench.search
+    tried: list[Tried] = []
+    proposals = search.propose(bench.problem)
+    total = search.count(bench.problem)
+    with tqdm(total=total, desc=f"search {search.kind}", unit="trial") as bar:
+        point = next(proposals)
+        while True:
+            tried.append(bench.try_out(point))
+            if math.isfinite(tried[-1].cost):
+                wandb.log(len(tried), _row(search, tried[-1]))
+            bar.update()
+            bar.set_postfix_str(f"best {search.objective} {tried[_best(tried)].value:.4f}")
+            try:
+                point = proposals.send(tried[-1].cost)
+            except StopIteration:
+                break
+    tried = [one for one in tried if math.isfinite(one.cost)]
+    (folder / METRICS).unlink(missing_ok=True)
+    file = MetricsFile(folder / METRICS)
+    for number, one in enumerate(tried, start=1):
+        file.append(number, _row(search, one))
+    chosen = _best(tried)
+    best = tried[chosen].point
+    names = [axis.name for axis in bench.axes]
+    entry = {
+        "method": search.kind,
+        "objective": search.objective,
+        "chosen_on": search.chosen_on,
+        "note": ADAPTS if search.chosen_on == "test inputs" else None,
+        "lower_is_better": all(bench.lower_is_better(task) for task in bench.rows),
+        "rows": {task: len(rows) for task, rows in bench.rows.items()},
+        "axes": names,
+        "trials": [
+            {
+                "point": dict(zip(names, one.point, strict=True)),
+                "value": one.value,
+                "scores": one.scores,
+                "penalty": search.penalty(one.point),
+            }
+            for one in tried
+        ],
+        "chosen": chosen,
+    }
+    wandb.table(
+        "search",
+        [*names, search.objective],
+        [[*one.point, one.value] for one in tried],
+    )
+    weights = bench.weights(best)
+    return Found(weights, dict(bench.mixed(best)), entry, _heatmap(bench, weights), file.path)
+
+
+def _heatmap(bench: Bench, weights: Any) -> dict[str, Any] | None:
+    if weights is None or not all(isinstance(one, list) for one in weights):
+        return None
+    return {
+        "title": "weights by brick and layer",
+        "rows": list(bench.labels),
+        "columns": [f"layer {layer}" for layer in range(len(weights[0]))],
+        "values": weights,
+        "chosen": None,
+    }
+
+
+def _best(tried: Sequence[Tried]) -> int:
+    return lower([one.cost for one in tried])
+
+
+def _row(search: Search, one: Tried) -> dict[str, float]:
+    each = one.scores.items() if len(one.scores) > 1 else ()
+    return {f"search/{search.objective}": one.value} | {
+        f"search/{task}/{search.objective}": score for task, score in each
+    }
+
+
+@dataclass(frozen=True)
+class Reported:
+    """Figures of the merge on test rows.
+
+    Attributes:
+        metrics: every figure, ``test/<task>/<metric>``.
+        matrix: a cell for each task.
+        examples: where what each row added is kept; None where nothing was evaluated.
+    """
+
+    metrics: dict[str, Any]
+    matrix: list[dict[str, Any]]
+    examples: dict[str, Any] | None
+
+    def record(self) -> dict[str, Any]:
+        """The figures' part of the record."""
+        examples = {"examples": self.examples} if self.examples else {}
+        return {"metrics": self.metrics, "matrix": self.matrix, **examples}
+
+
+def report(
+    body: Body,
+    config: dict[str, Any],
+    sought: Sought,
+    selection: Selection,
+    backbone: Backbone,
+    wandb: WandbRun,
+    folder: Path,
+) -> Reported:
+    """Judges the merge on the test rows of each task, with the heads that it carries.
+
+    Args:
+        body: the merge.
+        config: the run's config.
+        sought: the tasks.
+        selection: the backbone's folder.
+        backbone: nothing plugged.
+        wandb: gets the matrix and the figures.
+        folder: the run's, for the examples.
+    """
+    scorer = Scorer(
+        backbone,
+        {n: encode(t, backbone.tokenizer, cache_dir()) for n, t in sought.tasks.items()},
+        {name: task.fingerprints for name, task in sought.tasks.items()},
+        tokenizer=tokenizer_hash(selection.backbone.folder),
+        trainer=option("trainer", "default", learning_rate=1e-3),
+        evaluation=config["evaluation"],
+        seed=config["seed"],
+        shelf=Shelf(None),
+    )
+    scored = row(scorer, body, list(sought.tasks), {})
+    matrix, metrics = cells_of(scored), figures_of(scored)
+    wandb.table("matrix", *cells(matrix))
+    wandb.summary({name: figure["value"] for name, figure in metrics.items()})
+    return Reported(metrics, matrix, scorer.shelf.write(folder))
