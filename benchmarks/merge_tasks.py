@@ -27,7 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 BASELINE = "task_arithmetic"
-SCALES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0]
+SCALES = [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0]
 FEW = [0.2, 0.4, 0.7]
 TIES = {"density": [0.2, 0.5], "scale": [0.5, 1.0, 2.0]}
 
@@ -92,6 +92,7 @@ class Bench:
         from cfm_train.config.compose import option
         from cfm_train.data.encode import encode
         from cfm_train.data.sources import check
+        from cfm_train.library.sidecar import find_sidecars
         from cfm_train.library.store import Library
         from cfm_train.operations.selection import select
         from cfm_train.operations.setting import open_backbone
@@ -112,12 +113,16 @@ class Bench:
                 *self._training(),
             )
         for kind in ("gram", "fisher"):
-            self._run(
-                f"recipe=analyze/{kind}",
-                f"bricks=[{names}]",
-                f"data.root={options.root}",
-                f"data.limit={options.rows}",
-            )
+            if not all(
+                find_sidecars(self.library, self.library.find(task), f"{kind}.safetensors")
+                for task in self.tasks
+            ):
+                self._run(
+                    f"recipe=analyze/{kind}",
+                    f"bricks=[{names}]",
+                    f"data.root={options.root}",
+                    f"data.limit={options.rows}",
+                )
         selection = select(
             {"bricks": self.tasks, "library": str(self.folder / "library"), "backbone": None}
         )
