@@ -27,31 +27,33 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 BASELINE = "task_arithmetic"
-SCALES = [0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0]
+SCALES = [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0]
+FEW = [0.2, 0.4, 0.7]
+TIES = {"density": [0.2, 0.5], "scale": [0.5, 1.0, 2.0]}
 
 #: Rule option -> values of each parameter that is tuned. All get the same kind of budget.
 GRIDS: dict[str, dict[str, list[Any]]] = {
     "linear": {},
     "task_arithmetic": {"scale": SCALES},
-    "ties/paper": {"density": [0.2, 0.5], "scale": [0.5, 1.0, 1.5, 2.0]},
-    "ties/mergekit": {"density": [0.2, 0.5], "scale": [0.5, 1.0, 1.5, 2.0]},
-    "ties/knots": {"density": [0.2, 0.5], "scale": [0.5, 1.0, 1.5, 2.0]},
-    "ties/paper in core space": {"density": [0.2, 0.5], "scale": [0.5, 1.0, 1.5, 2.0]},
-    "task_arithmetic + dare": {"density": [0.5], "scale": SCALES},
-    "task_arithmetic + della": {"density": [0.5], "scale": SCALES},
-    "task_arithmetic + breadcrumbs": {"density": [0.85], "scale": SCALES},
-    "task_arithmetic + tall": {"threshold": [0.2, 0.4], "agree": [2], "scale": SCALES[2:]},
-    "magmax": {"scale": [0.3, 0.5, 0.7, 1.0]},
-    "sce": {"scale": [0.5, 1.0, 1.5, 2.0]},
-    "model_stock": {},
-    "karcher": {"scale": [0.5, 1.0, 2.0, 3.0]},
-    "multislerp": {"scale": [0.5, 1.0, 2.0, 3.0]},
-    "fisher": {"scale": [0.5, 1.0, 1.5, 2.0]},
     "regmean": {"alpha": [0.5, 0.9, 1.0]},
     "tsv": {"scale": [0.3, 0.5, 0.7, 1.0, 1.5]},
     "iso_c": {"scale": [0.3, 0.5, 0.7, 1.0, 1.5]},
-    "iso_cts": {"scale": [0.3, 0.5, 0.7, 1.0, 1.5]},
     "wudi": {"scale": [0.3, 0.5, 0.7, 1.0]},
+    "ties/paper": TIES,
+    "iso_cts": {"scale": [0.3, 0.5, 0.7, 1.0, 1.5]},
+    "fisher": {"scale": [0.5, 1.0, 1.5, 2.0]},
+    "ties/knots": TIES,
+    "karcher": {"scale": [0.5, 1.0, 2.0, 3.0]},
+    "ties/mergekit": TIES,
+    "ties/paper in core space": TIES,
+    "task_arithmetic + dare": {"density": [0.5], "scale": FEW},
+    "task_arithmetic + della": {"density": [0.5], "scale": FEW},
+    "task_arithmetic + breadcrumbs": {"density": [0.85], "scale": FEW},
+    "task_arithmetic + tall": {"threshold": [0.2, 0.4], "agree": [2], "scale": [0.5, 1.0]},
+    "magmax": {"scale": [0.3, 0.5, 0.7, 1.0]},
+    "sce": {"scale": [0.5, 1.0, 1.5, 2.0]},
+    "model_stock": {},
+    "multislerp": {"scale": [0.5, 1.0, 2.0, 3.0]},
 }
 
 
@@ -90,30 +92,37 @@ class Bench:
         from cfm_train.config.compose import option
         from cfm_train.data.encode import encode
         from cfm_train.data.sources import check
+        from cfm_train.library.sidecar import find_sidecars
         from cfm_train.library.store import Library
         from cfm_train.operations.selection import select
         from cfm_train.operations.setting import open_backbone
         from cfm_train.paths import cache_dir
 
         options = self.options
-        for task in self.tasks:
-            self._run(f"recipe=task/{task}", f"data.root={options.root}", *self._training())
-        names = ",".join(self.tasks)
-        self._run(
-            "recipe=task/multitask",
-            f"data.tasks=[{names}]",
-            f"data.root={options.root}",
-            "evaluation.bootstrap=1",
-            *self._training(),
-        )
-        for kind in ("gram", "fisher"):
-            self._run(
-                f"recipe=analyze/{kind}",
-                f"bricks=[{names}]",
-                f"data.root={options.root}",
-                f"data.limit={options.rows}",
-            )
         self.library = Library(str(self.folder / "library"))
+        made = {card.name for card in self.library.cards()}
+        for task in self.tasks:
+            if task not in made:
+                self._run(f"recipe=task/{task}", f"data.root={options.root}", *self._training())
+        names = ",".join(self.tasks)
+        if "multitask" not in made:
+            self._run(
+                "recipe=task/multitask",
+                f"data.tasks=[{names}]",
+                f"data.root={options.root}",
+                *self._training(),
+            )
+        for kind in ("gram", "fisher"):
+            if not all(
+                find_sidecars(self.library, self.library.find(task), f"{kind}.safetensors")
+                for task in self.tasks
+            ):
+                self._run(
+                    f"recipe=analyze/{kind}",
+                    f"bricks=[{names}]",
+                    f"data.root={options.root}",
+                    f"data.limit={options.rows}",
+                )
         selection = select(
             {"bricks": self.tasks, "library": str(self.folder / "library"), "backbone": None}
         )
@@ -139,6 +148,7 @@ class Bench:
             f"brick.rank={options.rank}",
             f"brick.learning_rate={options.rate}",
             f"trainer.epochs={options.epochs}",
+            f"trainer.tokens_per_batch={options.tokens}",
             "trainer.samples=0",
             "evaluation.bootstrap=1",
         ]
@@ -323,6 +333,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2000, help="training rows of each task")
     parser.add_argument("--max-length", type=int, default=128, help="tokens of a text")
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=320, help="tokens of a batch")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--validation", type=int, default=100, help="validation rows of each task")
