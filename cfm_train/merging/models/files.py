@@ -23,8 +23,9 @@ DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
-#: Numbers that are read at once: they and what is made of them stay in a core's cache.
-CHUNK = 1 << 16
+#: Numbers that are read at once: few enough that they and what is made of them stay in cache, so
+#: many that an operation on them takes longer than two threads take to hand Python to each other.
+CHUNK = 1 << 18
 
 
 class _Files:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -38,7 +39,7 @@ class Task:
     sources: Sequence[str]
     names: Sequence[str]
 
-    @property
+    @functools.cached_property
     def dtype(self) -> torch.dtype:
         """What is computed in: float64 where a model or the result has it, else float32."""
         models = [*self.inputs, *([] if self.base is None else [self.base])]

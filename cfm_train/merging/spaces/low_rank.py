@@ -136,7 +136,14 @@ def triangle(tall: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     R, failed = torch.linalg.cholesky_ex(tall.T @ tall, upper=True)
     size = R.diagonal().abs()
     if not failed and size.min() > 1e-3 * size.max():
-        return R, lambda columns: tall @ torch.linalg.solve_triangular(R, columns, upper=True)
+        # Long rows are multiplied several times faster than many short ones.
+        wide = tall.T
+        return (
+            R,
+            lambda columns: (
+                (torch.linalg.solve_triangular(R, columns, upper=True).T.contiguous() @ wide).T
+            ),
+        )
     Q, R = torch.linalg.qr(tall)
     return R, lambda columns: Q @ columns
 
