@@ -97,6 +97,7 @@ class Trainer(Section):
     """How long and how fast a brick is trained."""
 
     learning_rate: Rate
+    head_learning_rate: Rate
     epochs: Positive
     max_steps: Positive | None
     tokens_per_batch: Positive

@@ -18,7 +18,6 @@ from tqdm import tqdm
 from cfm_train.backbone.load import Backbone
 from cfm_train.bricks.head import HeadOnly
 from cfm_train.bricks.heads import Head, pool
-from cfm_train.config.compose import option
 from cfm_train.data.batches import BatchStream
 from cfm_train.data.encode import Encoded, TaskData
 from cfm_train.data.tasks import HEADED
@@ -89,7 +88,7 @@ def train_head(
     )
     total, every = plan_steps(stream, settings)
     accumulate, clip = settings["accumulate"], settings["clip"] or math.inf
-    rate = option("brick", "head")["learning_rate"]
+    rate = settings["head_learning_rate"]
     optimizer = torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=settings["weight_decay"])
     best, best_state, waited = -math.inf, head.state_dict(), 0
     steps = tqdm(range(total), desc=f"head of {spec.name}", unit="step", leave=False, disable=None)

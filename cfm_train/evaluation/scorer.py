@@ -19,7 +19,6 @@ from typing import Any
 from cfm_train.backbone.load import Backbone
 from cfm_train.bricks.brick import Brick
 from cfm_train.bricks.heads import Head
-from cfm_train.config.compose import option
 from cfm_train.config.hashing import code_version
 from cfm_train.configuration.expression import BrickRef, Expression
 from cfm_train.data.encode import Encoded, TaskData
@@ -225,7 +224,6 @@ class Scorer:
         return {
             "trained on": head.body.identity,
             "trainer": trainer,
-            "learning_rate": option("brick", "head")["learning_rate"],
             "seed": self.seed,
             "rows": [data["train"], data.get("validation")],
             "task": task,  # the head's first values are a function of the name

@@ -103,6 +103,7 @@ def fit(
     validation = {name: task.validation for name, task in tasks.items() if task.validation}
     options = Optimisation(
         learning_rate=settings["learning_rate"],
+        head_learning_rate=settings["head_learning_rate"],
         weight_decay=settings["weight_decay"],
         clip=settings["clip"] or None,
         warmup=settings["warmup"],

@@ -3,8 +3,8 @@
 The rate grows from `LOWEST` to `HIGHEST` over `STEPS` optimiser steps on a few of the run's own
 batches, in turn; the suggestion is where the smoothed loss falls fastest. A batch's loss is taken
 against what it was before the first step: batches differ by far more than one small step changes,
-and the steepest fall would be that from a hard one to an easy one. The brick is put back as it was,
-so that training starts afresh.
+and the steepest fall would be that from a hard one to an easy one. Heads follow the same rate here;
+in training they have their own. The brick is put back as it was, so that training starts afresh.
 """
 
 from __future__ import annotations

@@ -48,7 +48,9 @@ class Optimisation:
     """What the optimiser needs to know; the values come from the recipe's ``trainer`` section.
 
     Attributes:
-        learning_rate: peak rate of AdamW.
+        learning_rate: peak rate of AdamW, for all but heads.
+        head_learning_rate: peak rate for heads. They start from nothing and need larger steps than
+            a brick, which starts from what the backbone does.
         weight_decay: AdamW's decoupled decay.
         clip: largest norm of the gradient, None for no clipping.
         warmup: share of the steps over which the rate rises.
@@ -59,6 +61,7 @@ class Optimisation:
     """
 
     learning_rate: float
+    head_learning_rate: float
     weight_decay: float
     clip: float | None
     warmup: float
@@ -128,9 +131,17 @@ class BrickModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW over the brick's parameters, with the schedule applied each step."""
         options = self.optimisation
-        parameters = [p for p in self.brick.parameters() if p.requires_grad]
+        heads = [p for p in self.brick.heads.parameters() if p.requires_grad]
+        of_heads = set(map(id, heads))
+        body = [p for p in self.brick.parameters() if p.requires_grad and id(p) not in of_heads]
+        # Where heads are all there is, they are the brick, and its rate is theirs.
+        rate = options.head_learning_rate if body else options.learning_rate
+        groups = [
+            {"params": body, "lr": options.learning_rate},
+            {"params": heads, "lr": rate},
+        ]
         optimizer = torch.optim.AdamW(
-            parameters, lr=options.learning_rate, weight_decay=options.weight_decay
+            [group for group in groups if group["params"]], weight_decay=options.weight_decay
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer,

@@ -89,6 +89,12 @@ def test_every_brick_kind_has_a_yaml(kind: str) -> None:
     assert kind in {option("brick", name)["kind"] for name in groups()["brick"]}
 
 
+def test_heads_learn_at_one_rate_alone_and_on_a_brick() -> None:
+    """Else the lower bound and the brick above it would not have the same budget."""
+    alone = option("brick", "head")["learning_rate"]
+    assert option("trainer", "default", learning_rate=0.1)["head_learning_rate"] == alone
+
+
 def test_the_recipe_wins_over_the_root_and_a_person_over_the_recipe() -> None:
     config = compose(["recipe=task/sst2", "trainer=quick", "brick=head", "seed=7"])
     assert (config["seed"], config["name"], config["recipe"]) == (7, "sst2", "task/sst2")

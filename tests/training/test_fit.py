@@ -114,6 +114,24 @@ def test_the_schedule_reaches_the_optimiser(tmp_path: Path) -> None:
     assert (fitted.steps, fitted.learning_rate, fitted.stopped) == (5, 0.01, "finished")
 
 
+@pytest.mark.parametrize(("kind", "moves"), [("lora", (1e-4, 0.01)), ("head", (1e-4,))])
+def test_heads_have_a_rate_of_their_own(
+    kind: str, moves: tuple[float, ...], tmp_path: Path
+) -> None:
+    """AdamW's first step moves every number by its rate; heads alone follow the brick's."""
+    backbone = tiny("bert")
+    data = {"classification": task_data(backbone, "classification")}
+    brick = new_brick(backbone, data, kind)
+    before = {name: value.clone() for name, value in brick.state_dict().items()}
+    options = {"warmup": 0.0, "learning_rate": 1e-4, "head_learning_rate": 0.01}
+    train(backbone, brick, data, tmp_path / "run", max_steps=1, **options)
+    moved: dict[bool, float] = {}
+    for name, value in brick.state_dict().items():
+        of_head = name.startswith("heads.")
+        moved[of_head] = max(moved.get(of_head, 0.0), float((value - before[name]).abs().max()))
+    assert [moved[key] for key in sorted(moved)] == pytest.approx(moves, rel=1e-3)
+
+
 def test_the_best_brick_is_kept_and_the_last_step_is_validated(tmp_path: Path) -> None:
     """Whatever the interval, the last step counts too; the kept brick is the best, bit by bit."""
     backbone = tiny("bert")

@@ -40,13 +40,16 @@ def test_the_suggestion_trains_well_and_the_brick_starts_afresh(tmp_path: Path) 
     assert len(curve["loss"]) == len(curve["learning_rate"]) >= 20
     assert 1e-4 < curve["suggestion"] < 0.5
 
-    fitted = train(backbone, brick, data, tmp_path / "run", checkpoint_every=20, **options)
+    # The head at the same rate, as in the sweep: else it would learn with an idle body too.
+    options |= {"checkpoint_every": 20, "head_learning_rate": curve["suggestion"]}
+    fitted = train(backbone, brick, data, tmp_path / "run", **options)
     assert fitted.learning_rate == curve["suggestion"]
 
     def end(rate: float) -> float:
         folder = tmp_path / str(rate)
         fresh = new_brick(backbone, data, "lora")
-        train(backbone, fresh, data, folder, max_steps=120, learning_rate=rate)
+        rates = {"learning_rate": rate, "head_learning_rate": rate}
+        train(backbone, fresh, data, folder, max_steps=120, **rates)
         losses = [r["train/loss"] for r in rows(folder) if "train/loss" in r]
         return sum(losses[-10:]) / 10
 
