@@ -1,10 +1,11 @@
 """LoraHub: a few labelled rows, no gradients, weights kept small (arXiv 2307.13269).
 
-    min over w of  L(Σ wᵢ τᵢ) + α Σ |wᵢ|        -1.5 ≤ wᵢ ≤ 1.5, from w = 0
+    min over w of  L(Σ wᵢ τᵢ) + α/N Σ |wᵢ|        -1.5 ≤ wᵢ ≤ 1.5, from w = 0
 
-The paper leaves the search to Nevergrad's Shiwa; CMA-ES stands in for it here. The penalty is the
-paper's sum (its code takes the mean). The paper merges A and B one by one, which is
-``recipe=merge/linear merge.space=parameters merge.fold=b``.
+The paper leaves the search to Nevergrad's Shiwa; CMA-ES stands in for it here. The paper writes the
+penalty as a sum, but the code that its figures come from (``default_l1_regularization`` in
+``lorahub/algorithm.py``, α = 0.05) divides by the number of bricks, and so is it here. The paper
+merges A and B one by one, which is ``recipe=merge/linear merge.space=parameters merge.fold=b``.
 """
 
 from __future__ import annotations
@@ -49,5 +50,5 @@ class LoraHub(Search):
         yield from evolve(problem, [0.0] * len(problem.axes), self.sigma, self.trials)
 
     def penalty(self, point: Point) -> float:
-        """``α Σ |wᵢ|``."""
-        return self.l1 * sum(map(abs, point))
+        """``α/N Σ |wᵢ|``."""
+        return self.l1 * sum(map(abs, point)) / len(point)
