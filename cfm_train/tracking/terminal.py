@@ -123,6 +123,9 @@ def _summary(record: Mapping[str, Any], *, plain: bool) -> list[Any]:
         kept = any(key.endswith("/validation") for key in record["data"]["fingerprints"])
         where = "; validation figures stand in metrics.jsonl of the run folder" if kept else ""
         parts.append(Text(f"no test rows, so no test figures{where}"))
+    if shown := len(record["samples"]):
+        what = "sample outputs stand" if shown > 1 else "sample output stands"
+        parts.append(Text(f"{shown} {what} on the dashboard and in the record", "dim"))
     if cost := cost_text(record["cost"]):
         parts.append(Text(cost))
     broken = [name for name, check in record["checks"].items() if not check["passed"]]
