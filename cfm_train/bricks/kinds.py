@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
 from cfm_train.bricks.brick import Brick
-from cfm_train.config.signature import kinds
+from cfm_train.config.signature import class_of, kinds
 from cfm_train.errors import UserError, nearest
 
 
@@ -20,14 +19,7 @@ def brick_class(kind: str) -> type[Brick]:
     names = kinds("bricks", "Brick")
     if kind not in names:
         raise UserError(f"There is no brick kind '{kind}'.{nearest(kind, names)}")
-    module = importlib.import_module(f"cfm_train.bricks.{kind}")
-    return next(
-        value
-        for value in vars(module).values()
-        if isinstance(value, type)
-        and issubclass(value, Brick)
-        and value.__module__ == module.__name__
-    )
+    return class_of("bricks", kind, Brick)
 
 
 def make_brick(section: Mapping[str, Any]) -> Brick:

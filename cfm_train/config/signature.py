@@ -1,4 +1,4 @@
-"""Reads the arguments of a method's class from its source, without importing torch.
+"""Finds a method's class by the name of its file, and reads its arguments without importing torch.
 
 A method is one file with one public class of its kind (``bricks/lora.py`` holds one `Brick`). Its
 annotated ``__init__`` has no defaults: they stand in its YAML, and the two are held against each
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,24 @@ def kinds(room: str, base: str) -> tuple[str, ...]:
     """The methods of a room: its files that hold a class derived from ``base``."""
     files = sorted((paths.PACKAGE / room).glob("*.py"))
     return tuple(path.stem for path in files if _find(path, base) is not None)
+
+
+def class_of(room: str, kind: str, base: type) -> type[Any]:
+    """The class of a method itself; its file is imported, and torch with it if it asks for it.
+
+    Args:
+        room: folder of the package, for example ``merging/sparsify``.
+        kind: file name without ``.py``.
+        base: the class that the method derives from.
+    """
+    module = importlib.import_module(f"cfm_train.{room.replace('/', '.')}.{kind}")
+    return next(
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, base)
+        and value.__module__ == module.__name__
+    )
 
 
 @functools.cache

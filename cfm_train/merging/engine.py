@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -14,6 +13,7 @@ from torch import Tensor
 from cfm_train.bricks.brick import Brick
 from cfm_train.bricks.heads import Head
 from cfm_train.bricks.lora import LoRA
+from cfm_train.config.signature import class_of
 from cfm_train.errors import UserError
 from cfm_train.merging.mix import Mix
 from cfm_train.merging.rule import per_input
@@ -93,14 +93,7 @@ def open_space(mix: Mix, bricks: Sequence[Brick], backbone: Backbone) -> Space:
         loras = [brick for brick in bricks if isinstance(brick, LoRA)]
         exact = len(loras) == len(bricks) and (mix.rank or not any(map(is_dora, loras)))
         name = "delta" if exact else "parameters"
-    module = importlib.import_module(f"cfm_train.merging.spaces.{name}")
-    space: type[Space] = next(
-        value
-        for value in vars(module).values()
-        if isinstance(value, type)
-        and issubclass(value, Space)
-        and value.__module__ == module.__name__
-    )
+    space: type[Space] = class_of("merging/spaces", name, Space)
     return space(bricks, backbone, Options(mix.rank, mix.fold, mix.scale))
 
 

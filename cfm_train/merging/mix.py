@@ -8,15 +8,15 @@ bricks (`engine.py`) and for whole models; scopes decide which tensors make a gr
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
 from cfm_train.config import merging as schema
+from cfm_train.config.signature import class_of
 from cfm_train.errors import UserError
 from cfm_train.merging.rule import Facts, Rule
 from cfm_train.merging.sparsify.sparsifier import Sparsifier, generator
@@ -189,18 +189,10 @@ def make_mix(parameters: Mapping[str, Any]) -> Mix:
     rule = _method("merging", given.pop("rule"), Rule, given)
     sparsifier = _method("merging/sparsify", given.pop("sparsify"), Sparsifier, given)
     given["seed"] = given["seed"] or 0
-    return Mix(rule=cast(Rule, rule), sparsifier=cast(Sparsifier, sparsifier), **given)
+    return Mix(rule=rule, sparsifier=sparsifier, **given)
 
 
-def _method(room: str, name: str, base: type, given: dict[str, Any]) -> object:
+def _method(room: str, name: str, base: type, given: dict[str, Any]) -> Any:
     """A method of a room with its own arguments taken out of ``given``."""
-    module = importlib.import_module(f"cfm_train.{room.replace('/', '.')}.{name}")
-    method = next(
-        value
-        for value in vars(module).values()
-        if isinstance(value, type)
-        and issubclass(value, base)
-        and value.__module__ == module.__name__
-    )
     arguments = schema.own_arguments(room, name)
-    return method(**{key: given.pop(key) for key in arguments})
+    return class_of(room, name, base)(**{key: given.pop(key) for key in arguments})

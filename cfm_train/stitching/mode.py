@@ -7,12 +7,11 @@ mode says what happens to h. No torch at import: a mode's name and its checks co
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from cfm_train.config.signature import kinds
+from cfm_train.config.signature import class_of, kinds
 from cfm_train.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -77,12 +76,5 @@ def mode_of(name: object) -> Mode:
     known = modes()
     if name not in known:
         raise UserError(f"mode: there is no stitching mode '{name}'.{nearest(str(name), known)}")
-    module = importlib.import_module(f"cfm_train.stitching.{name}")
-    found: type[Mode] = next(
-        value
-        for value in vars(module).values()
-        if isinstance(value, type)
-        and issubclass(value, Mode)
-        and value.__module__ == module.__name__
-    )
-    return found()
+    mode: type[Mode] = class_of("stitching", str(name), Mode)
+    return mode()

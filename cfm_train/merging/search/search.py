@@ -13,7 +13,6 @@ of least cost is taken, the first one where several have it.
 
 from __future__ import annotations
 
-import importlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -101,14 +100,7 @@ class Search(ABC):
 def make_search(section: Mapping[str, Any]) -> Search:
     """The search that a section ``search`` describes."""
     kind = str(section["kind"])
-    module = importlib.import_module(f"cfm_train.merging.search.{kind}")
-    method = next(
-        value
-        for value in vars(module).values()
-        if isinstance(value, type)
-        and issubclass(value, Search)
-        and value.__module__ == module.__name__
-    )
+    method: type[Search] = signature.class_of(ROOM, kind, Search)
     return method(**{k: section[k] for k in signature.arguments(ROOM, kind, BASE)})
 
 
