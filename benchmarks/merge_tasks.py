@@ -4,12 +4,10 @@
 
 For each seed: a LoRA brick for every task, one multi-task brick (the ceiling), heads alone (the
 floor), Gram and Fisher statistics. Each rule merges the same bricks; its hyper-parameters are
-chosen by the mean accuracy on validation rows, then it is scored once on test rows, with each
-task's own head. What is done already is taken from ``--work``: a run that was broken off goes on.
-
-Printed for each rule: mean accuracy, the mean of accuracy over the task's own brick's (normalised),
-and the difference to task arithmetic tuned in the same way, with a 95 % interval over tasks (mean
-over seeds first, Student's t).
+chosen by the mean accuracy on validation rows (a tenth of ``--rows``), then it is scored once on
+test rows, with each task's own head. ``weights by gradient`` is task arithmetic with a weight for
+each brick and layer, found on the same validation rows from the tuned scale. What is done already
+is taken from ``--work``: a run that was broken off goes on.
 """
 
 from __future__ import annotations
@@ -26,21 +24,30 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.merge_table import as_markdown, summary
+
 BASELINE = "task_arithmetic"
 SCALES = [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0]
 FEW = [0.2, 0.4, 0.7]
 TIES = {"density": [0.2, 0.5], "scale": [0.5, 1.0, 2.0]}
+
+#: The row that is searched by gradient instead of over a grid, and its steps.
+GRADIENT = "weights by gradient"
+SEARCH = {
+    "kind": "gradient", "objective": "loss", "rows": None, "by": "layer",
+    "steps": 60, "every": 15, "batch": 8, "learning_rate": 0.02,
+}  # fmt: skip
 
 #: Rule option -> values of each parameter that is tuned. All get the same kind of budget.
 GRIDS: dict[str, dict[str, list[Any]]] = {
     "linear": {},
     "task_arithmetic": {"scale": SCALES},
     "regmean": {"alpha": [0.5, 0.9, 1.0]},
-    "tsv": {"scale": [0.3, 0.5, 0.7, 1.0, 1.5]},
-    "iso_c": {"scale": [0.3, 0.5, 0.7, 1.0, 1.5]},
+    "tsv": {"scale": [0.3, 0.5, 1.0, 1.5]},
+    "iso_c": {"scale": [0.3, 0.5, 1.0, 1.5]},
     "wudi": {"scale": [0.3, 0.5, 0.7, 1.0]},
     "ties/paper": TIES,
-    "iso_cts": {"scale": [0.3, 0.5, 0.7, 1.0, 1.5]},
+    "iso_cts": {"scale": [0.3, 0.5, 1.0, 1.5]},
     "fisher": {"scale": [0.5, 1.0, 1.5, 2.0]},
     "ties/knots": TIES,
     "karcher": {"scale": [0.5, 1.0, 2.0, 3.0]},
@@ -55,6 +62,10 @@ GRIDS: dict[str, dict[str, list[Any]]] = {
     "model_stock": {},
     "multislerp": {"scale": [0.5, 1.0, 2.0, 3.0]},
 }
+
+
+#: Every row of the table, the baseline first: the gradient starts from its scale.
+RULES = [BASELINE, GRADIENT, *(rule for rule in GRIDS if rule != BASELINE)]
 
 
 def option_of(rule: str) -> tuple[str, dict[str, Any]]:
@@ -85,6 +96,7 @@ class Bench:
         self.options = options
         self.folder = options.work / f"seed{seed}"
         self.tasks: list[str] = list(options.tasks)
+        self.root = subset(options.root, self.folder / "data", options.rows, options.test)
 
     def prepare(self) -> None:
         """Trains what is missing, gathers statistics, loads backbone, bricks and data."""
@@ -103,13 +115,13 @@ class Bench:
         made = {card.name for card in self.library.cards()}
         for task in self.tasks:
             if task not in made:
-                self._run(f"recipe=task/{task}", f"data.root={options.root}", *self._training())
+                self._run(f"recipe=task/{task}", f"data.root={self.root}", *self._training())
         names = ",".join(self.tasks)
         if "multitask" not in made:
             self._run(
                 "recipe=task/multitask",
                 f"data.tasks=[{names}]",
-                f"data.root={options.root}",
+                f"data.root={self.root}",
                 *self._training(),
             )
         for kind in ("gram", "fisher"):
@@ -120,8 +132,8 @@ class Bench:
                 self._run(
                     f"recipe=analyze/{kind}",
                     f"bricks=[{names}]",
-                    f"data.root={options.root}",
-                    f"data.limit={options.rows}",
+                    f"data.root={self.root}",
+                    f"data.limit={options.statistics}",
                 )
         selection = select(
             {"bricks": self.tasks, "library": str(self.folder / "library"), "backbone": None}
@@ -133,16 +145,20 @@ class Bench:
             for card in selection.cards.values()
         }
         self.ceiling = open_brick(self.library.find("multitask"), self.library, self.backbone)
-        self.data = {}
-        for task in self.tasks:
-            section = option("data", task, root=str(options.root), limit=options.rows)
-            section["max_length"] = options.max_length
-            self.data[task] = encode(check(section), self.backbone.tokenizer, cache_dir())
+        self.checked = {
+            task: check(
+                option("data", task, root=str(self.root)) | {"max_length": options.max_length}
+            )
+            for task in self.tasks
+        }
+        self.data = {
+            task: encode(checked, self.backbone.tokenizer, cache_dir())
+            for task, checked in self.checked.items()
+        }
 
     def _training(self) -> list[str]:
         options = self.options
         return [
-            f"data.limit={options.rows}",
             f"data.max_length={options.max_length}",
             "brick=lora",
             f"brick.rank={options.rank}",
@@ -162,17 +178,13 @@ class Bench:
     def accuracies(self, plugged: Any, split: str, heads: Mapping[str, Any]) -> dict[str, float]:
         """Accuracy on every task, with the heads given."""
         from cfm_train.evaluation.evaluator import predict
-        from cfm_train.evaluation.judge import TOKENS_PER_BATCH
 
-        limit = self.options.validation if split == "validation" else self.options.test
         found = {}
         with self.backbone.slots.plugged(plugged):
             for task in self.tasks:
                 data = self.data[task]
-                rows = first_rows(getattr(data, split), limit)
-                answers = predict(
-                    self.backbone, heads[task], data.spec, rows, tokens_per_batch=TOKENS_PER_BATCH
-                )
+                rows = getattr(data, split)
+                answers = predict(self.backbone, heads[task], data.spec, rows)
                 right = [
                     answers.predictions[i] == answers.references[i] for i in answers.predictions
                 ]
@@ -216,6 +228,43 @@ class Bench:
             "test": self.accuracies([merged], "test", merged.heads),
         }
 
+    def by_gradient(self, scale: float) -> dict[str, Any]:
+        """A weight for each brick and layer, by descending the loss on validation rows.
+
+        Args:
+            scale: task arithmetic's, tuned on the same rows: every weight starts there.
+        """
+        from cfm_train.config.merging import complete
+        from cfm_train.merging.engine import merge
+        from cfm_train.merging.mix import make_mix
+        from cfm_train.operations.bench import Bench as Trials
+        from cfm_train.operations.found import find
+        from cfm_train.operations.sought import Sought
+        from cfm_train.tracking.wandb_run import WandbRun
+
+        section = complete(BASELINE, {"scale": 1.0})
+        rows = {task: list(checked.rows["validation"]) for task, checked in self.checked.items()}
+        bricks = list(self.bricks.values())
+        trials = Trials(
+            bricks,
+            self.backbone,
+            section,
+            [scale] * len(bricks),
+            sought=Sought(dict(SEARCH), [], self.checked, rows),
+            labels=list(self.bricks),
+            sources=list(self.bricks),
+            statistics=None,
+            seed=self.seed,
+        )
+        off = WandbRun("disabled", "merge_tasks", None, "merge", [], {}, self.folder)
+        found = find(trials, off, self.folder)
+        brick = merge(bricks, found.weights, make_mix(section), self.backbone).brick
+        return {
+            "parameters": {"start": scale},
+            "weights": found.weights,
+            "test": self.accuracies([brick], "test", brick.heads),
+        }
+
     def merged(self, rule: str, parameters: Mapping[str, Any]) -> Any:
         """The merge of all of the seed's bricks."""
         from cfm_train.config.merging import complete
@@ -239,88 +288,20 @@ class Bench:
         ).brick
 
 
-def first_rows(encoded: Any, count: int) -> Any:
-    """The first rows of a split, as a split."""
-    from cfm_train.data.encode import Encoded
+def subset(root: Path, out: Path, rows: int, test: int) -> Path:
+    """A folder with the first rows of every file: small tests, and validation rows in proportion.
 
-    if len(encoded) <= count:
-        return encoded
-    ends = encoded.arrays["offsets"]
-    arrays = {
-        name: array[: ends[count]]
-        if len(array) == ends[-1]
-        else array[: count + 1]
-        if name == "offsets"
-        else array[:count]
-        for name, array in encoded.arrays.items()
-    }
-    return Encoded(arrays, encoded.rows[:count], 0, encoded.max_length)
-
-
-def summary(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """One line for each bound and rule that every seed has."""
-    from scipy.stats import t as student
-
-    seeds = list(results)
-    rules = [r for r in GRIDS if all(r in results[s]["rules"] for s in seeds)]
-    lines: dict[str, dict[str, Any]] = {}
-
-    def scores(name: str, seed: str) -> dict[str, float]:
-        bounds = results[seed]["bounds"]
-        found: dict[str, float] = (
-            bounds[name] if name in bounds else results[seed]["rules"][name]["test"]
-        )
-        return found
-
-    tasks = list(scores("own", seeds[0]))
-    for name in ["head alone", *rules, "multitask", "own"]:
-        each = {
-            task: statistics.fmean(scores(name, seed)[task] for seed in seeds) for task in tasks
-        }
-        normalised = statistics.fmean(
-            scores(name, seed)[task] / scores("own", seed)[task] for seed in seeds for task in tasks
-        )
-        line: dict[str, Any] = {
-            "average": 100 * statistics.fmean(each.values()),
-            "normalised": 100 * normalised,
-            "tasks": each,
-        }
-        if BASELINE in rules and name != BASELINE:
-            differences = [
-                100
-                * statistics.fmean(
-                    scores(name, seed)[task] - scores(BASELINE, seed)[task] for seed in seeds
-                )
-                for task in tasks
-            ]
-            mean = statistics.fmean(differences)
-            error = statistics.stdev(differences) / len(differences) ** 0.5
-            half = student.ppf(0.975, len(differences) - 1) * error
-            line["over_task_arithmetic"] = {"mean": mean, "low": mean - half, "high": mean + half}
-        if name in rules:
-            line["chosen"] = [results[seed]["rules"][name]["parameters"] for seed in seeds]
-        lines[name] = line
-    return lines
-
-
-def as_markdown(lines: Mapping[str, Mapping[str, Any]]) -> str:
-    """The table for a page, best rule last before the bounds above it."""
-    tasks = list(next(iter(lines.values()))["tasks"])
-    head = ["", "average", "normalised", "to tuned task arithmetic", *tasks]
-    rows = [head, ["---", *["---:"] * (len(head) - 1)]]
-    for name, line in sorted(lines.items(), key=lambda item: item[1]["average"]):
-        over = line.get("over_task_arithmetic")
-        shown = f"{over['mean']:+.1f} [{over['low']:+.1f}, {over['high']:+.1f}]" if over else "–"
-        rows.append(
-            [
-                name,
-                f"{line['average']:.1f}",
-                f"{line['normalised']:.1f}",
-                shown,
-                *(f"{100 * line['tasks'][task]:.1f}" for task in tasks),
-            ]
-        )
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    Args:
+        root: folder of <task>.train.jsonl, <task>.test.jsonl and tasks.json.
+        out: where the copies go.
+        rows, test: how many of each training and test file.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    for path in sorted(root.glob("*.jsonl")):
+        count = test if path.name.endswith(".test.jsonl") else rows
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        (out / path.name).write_text("".join(lines[:count]), encoding="utf-8")
+    return out
 
 
 def main() -> None:
@@ -329,15 +310,15 @@ def main() -> None:
     parser.add_argument("--root", type=Path, required=True, help="folder of <task>.train.jsonl …")
     parser.add_argument("--tasks", nargs="+", help="all of the folder's unless named")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--rules", nargs="+", default=list(GRIDS), choices=list(GRIDS))
-    parser.add_argument("--rows", type=int, default=2000, help="training rows of each task")
-    parser.add_argument("--max-length", type=int, default=128, help="tokens of a text")
-    parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=320, help="tokens of a batch")
+    parser.add_argument("--rules", nargs="+", default=RULES, choices=RULES)
+    parser.add_argument("--rows", type=int, default=1000, help="training rows of each task")
+    parser.add_argument("--max-length", type=int, default=48, help="tokens of a text")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of a batch")
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--validation", type=int, default=100, help="validation rows of each task")
-    parser.add_argument("--test", type=int, default=500, help="test rows of each task")
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--statistics", type=int, default=300, help="rows for Gram and Fisher")
+    parser.add_argument("--test", type=int, default=300, help="test rows of each task")
     parser.add_argument("--work", type=Path, default=Path("outputs/merge_tasks"))
     options = parser.parse_args()
     if options.tasks is None:
@@ -357,13 +338,17 @@ def main() -> None:
             found["bounds"] = bench.bounds()
         for rule in options.rules:
             if rule not in found["rules"]:
-                found["rules"][rule] = bench.best(rule)
+                found["rules"][rule] = (
+                    bench.by_gradient(found["rules"][BASELINE]["parameters"]["scale"])
+                    if rule == GRADIENT
+                    else bench.best(rule)
+                )
                 average = statistics.fmean(found["rules"][rule]["test"].values())
                 chosen = found["rules"][rule]["parameters"]
                 print(f"seed {seed} {rule:32} {100 * average:5.1f} {chosen}", flush=True)
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(found, indent=1))
-    lines = summary(results)
+    lines = summary(results, BASELINE)
     (options.work / "summary.json").write_text(json.dumps(lines, indent=1))
     print(as_markdown(lines))
 

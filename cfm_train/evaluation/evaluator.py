@@ -19,7 +19,7 @@ from cfm_train.data.tasks import IGNORED, TaskSpec
 from cfm_train.evaluation.contributions import contributions
 from cfm_train.evaluation.examples import Examples
 from cfm_train.evaluation.intervals import Score
-from cfm_train.training.dataset import EvaluationDataset
+from cfm_train.training.dataset import EvaluationDataset, evaluation_tokens
 from cfm_train.training.objectives import Batch, Result, compute
 
 
@@ -105,7 +105,7 @@ def predict(
     spec: TaskSpec,
     encoded: Encoded,
     *,
-    tokens_per_batch: int,
+    tokens_per_batch: int | None = None,
     progress: Any | None = None,
 ) -> Answers:
     """Runs every row of a split through the backbone as it is plugged now.
@@ -115,13 +115,12 @@ def predict(
         head: the task's head; None where the language model answers.
         spec: the task.
         encoded: the split.
-        tokens_per_batch: most tokens of a batch.
+        tokens_per_batch: most tokens of a batch; what suits the device unless given.
         progress: called with the number of rows done after each batch.
     """
     answers = Answers(spec)
-    batches = EvaluationDataset(
-        {spec.name: encoded}, tokens_per_batch, backbone.tokenizer.pad_token_id
-    )
+    tokens = tokens_per_batch or evaluation_tokens(backbone.device)
+    batches = EvaluationDataset({spec.name: encoded}, tokens, backbone.tokenizer.pad_token_id)
     for batch in batches:
         moved = {k: v.to(backbone.device) if torch.is_tensor(v) else v for k, v in batch.items()}
         answers.add(moved, compute(spec.type, backbone, head, moved))

@@ -22,8 +22,8 @@ from cfm_train.data.batches import BatchStream
 from cfm_train.data.encode import Encoded, TaskData
 from cfm_train.data.tasks import HEADED
 from cfm_train.evaluation.evaluator import Answers
-from cfm_train.evaluation.judge import TOKENS_PER_BATCH, Judged, judge
-from cfm_train.training.dataset import EvaluationDataset, plan_steps
+from cfm_train.evaluation.judge import Judged, judge
+from cfm_train.training.dataset import EvaluationDataset, evaluation_tokens, plan_steps
 from cfm_train.training.module import monitored
 from cfm_train.training.objectives import Result, headed_result
 from cfm_train.training.schedule import factor
@@ -144,7 +144,7 @@ def frozen_features(
     labels: list[Tensor] = [torch.empty(0)] * len(encoded)
     device = backbone.device
     batches = EvaluationDataset(
-        {"features": encoded}, TOKENS_PER_BATCH, backbone.tokenizer.pad_token_id
+        {"features": encoded}, evaluation_tokens(device), backbone.tokenizer.pad_token_id
     )
     for batch in batches:
         mask = batch["attention_mask"].to(device)

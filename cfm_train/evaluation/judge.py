@@ -18,9 +18,6 @@ from cfm_train.evaluation.generation import answer_texts
 from cfm_train.evaluation.intervals import Score
 from cfm_train.training.dataset import make_batch
 
-#: Padded tokens of a batch; no gradients are kept.
-TOKENS_PER_BATCH = 8192
-
 
 @dataclass(frozen=True)
 class Judged:
@@ -108,7 +105,7 @@ def judge(
 
 def judge_task(backbone: Backbone, head: Head | None, spec: TaskSpec, split: Encoded) -> Answers:
     """Predictions on one split with what is plugged now; texts too where the task asks for them."""
-    answers = predict(backbone, head, spec, split, tokens_per_batch=TOKENS_PER_BATCH)
+    answers = predict(backbone, head, spec, split)
     if spec.type == "seq2seq":
         answers.texts = answer_texts(backbone, spec, split, range(len(split)))
     return answers

@@ -10,8 +10,7 @@ from cfm_train.backbone.load import Backbone
 from cfm_train.bricks.brick import Brick
 from cfm_train.data.encode import Encoded
 from cfm_train.data.tasks import TaskSpec
-from cfm_train.evaluation.judge import TOKENS_PER_BATCH
-from cfm_train.training.dataset import EvaluationDataset
+from cfm_train.training.dataset import EvaluationDataset, evaluation_tokens
 
 
 @torch.inference_mode()
@@ -34,9 +33,8 @@ def head_answers(
     head = brick.heads[spec.name]
     labels = list(spec.labels or ())
     answers: list[dict[str, Any]] = [{}] * len(encoded)
-    batches = EvaluationDataset(
-        {spec.name: encoded}, TOKENS_PER_BATCH, backbone.tokenizer.pad_token_id
-    )
+    tokens = evaluation_tokens(backbone.device)
+    batches = EvaluationDataset({spec.name: encoded}, tokens, backbone.tokenizer.pad_token_id)
     for batch in batches:
         mask = batch["attention_mask"].to(backbone.device)
         extra = {k: batch[k].to(backbone.device) for k in ("token_type_ids",) if k in batch}

@@ -28,7 +28,7 @@ from cfm_train.data.encode import Encoded, encode_rows
 from cfm_train.data.tasks import LOWER_IS_BETTER, TaskSpec
 from cfm_train.errors import UserError
 from cfm_train.evaluation.evaluator import predict
-from cfm_train.evaluation.judge import TOKENS_PER_BATCH, judge_task, primary
+from cfm_train.evaluation.judge import judge_task, primary
 from cfm_train.merging.engine import Statistics, carry_heads, merge
 from cfm_train.merging.mix import Mix, make_mix
 from cfm_train.merging.search.plugged import Followed, adds_up, plan
@@ -36,8 +36,11 @@ from cfm_train.merging.search.search import Point, Problem, make_search
 from cfm_train.merging.weights import Weight, interpolate
 from cfm_train.operations.sought import Sought
 from cfm_train.paths import cache_dir
-from cfm_train.training.dataset import EvaluationDataset, make_batch
+from cfm_train.training.dataset import EvaluationDataset, evaluation_tokens, make_batch
 from cfm_train.training.objectives import compute
+
+#: Padded tokens of a gradient's batch at most; the search says how many rows it has.
+STEP_TOKENS = 8192
 
 #: What of an encoded split tells the right answers.
 _ANSWERS = ("labels", "token_labels", "target_ids", "target_offsets")
@@ -115,7 +118,7 @@ class Bench:
             self._streams = {
                 name: BatchStream(
                     {name: rows.lengths},
-                    tokens_per_batch=TOKENS_PER_BATCH,
+                    tokens_per_batch=STEP_TOKENS,
                     rows_per_batch=sought.section["batch"],
                     seed=seed,
                 )
@@ -222,7 +225,7 @@ class Bench:
         if self.search.objective == "entropy":
             return self._entropy_of_all(task)
         if self.search.objective == "loss":
-            found = predict(self.backbone, head, spec, rows, tokens_per_batch=TOKENS_PER_BATCH)
+            found = predict(self.backbone, head, spec, rows)
             return found.loss()
         scores = judge_task(self.backbone, head, spec, rows).scores(bootstrap=0, seed=0)
         return scores[primary(spec, scores)].value
@@ -231,7 +234,8 @@ class Bench:
     def _entropy_of_all(self, task: str) -> float:
         pad = self.backbone.tokenizer.pad_token_id
         total = 0.0
-        for batch in EvaluationDataset({task: self.rows[task]}, TOKENS_PER_BATCH, pad):
+        tokens = evaluation_tokens(self.backbone.device)
+        for batch in EvaluationDataset({task: self.rows[task]}, tokens, pad):
             total += self._entropy(task, batch).sum().item()
         return total / len(self.rows[task])
 

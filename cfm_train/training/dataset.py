@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch.utils.data import IterableDataset
 
 from cfm_train.data.batches import BatchStream, collate, in_order
@@ -74,6 +75,16 @@ class StepDataset(IterableDataset):
         while True:
             yield self.group_at(step)
             step += 1
+
+
+def evaluation_tokens(device: torch.device) -> int:
+    """Padded tokens of a batch without gradients, which decide speed alone.
+
+    Args:
+        device: where the backbone is. A CPU is fastest while a batch's activations stay in its
+            caches (MiniLM in float32: 1,024 tokens take 0.6 to 0.7 of the time that 8,192 take).
+    """
+    return 1024 if device.type == "cpu" else 8192
 
 
 class EvaluationDataset(IterableDataset):

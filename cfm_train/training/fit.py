@@ -25,12 +25,14 @@ from cfm_train.tracking.wandb_run import WandbRun
 from cfm_train.training.callbacks import MetricsLog, Progress
 from cfm_train.training.checkpoint import AtomicCheckpointIO, ExactCheckpoint, Position
 from cfm_train.training.cost import peak_flops
-from cfm_train.training.dataset import EvaluationDataset, StepDataset, plan_steps
+from cfm_train.training.dataset import (
+    EvaluationDataset,
+    StepDataset,
+    evaluation_tokens,
+    plan_steps,
+)
 from cfm_train.training.lr_finder import find_learning_rate
 from cfm_train.training.module import MONITOR, BrickModule, Optimisation
-
-#: Batches of evaluation hold no gradients and may be larger than those of training.
-EVALUATION_FACTOR = 4
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def fit(
     trainer = _trainer(backbone, total, every, watchers, settings, folder, bool(validation))
     loader: DataLoader[Any] = DataLoader(dataset, batch_size=None, collate_fn=_as_is)
     evaluation = DataLoader(
-        EvaluationDataset(validation, EVALUATION_FACTOR * settings["tokens_per_batch"], pad_id),
+        EvaluationDataset(validation, evaluation_tokens(backbone.device), pad_id),
         batch_size=None,
         collate_fn=_as_is,
     )

@@ -19,9 +19,6 @@ from cfm_train.evaluation.evaluator import predict
 from cfm_train.evaluation.intervals import Score, intervals
 from cfm_train.evaluation.metrics import score
 
-#: Padded tokens of a batch; no gradients are kept.
-TOKENS_PER_BATCH = 8192
-
 
 @dataclass(frozen=True)
 class Measured:
@@ -53,7 +50,7 @@ def measure(backbone: Backbone, spec: TaskSpec, rows: Encoded) -> Measured:
         spec: the causal task.
         rows: its rows, not packed: pieces of one document each.
     """
-    answers = predict(backbone, None, spec, rows, tokens_per_batch=TOKENS_PER_BATCH)
+    answers = predict(backbone, None, spec, rows)
     owners = rows.arrays["block_rows"]
     nats, tokens = np.zeros(len(rows.rows)), np.zeros(len(rows.rows), np.int64)
     for piece, value in answers.predictions.items():
