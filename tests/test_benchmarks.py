@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
+from benchmarks.merge_table import as_markdown
+from benchmarks.merge_table import summary as rules_of
 from benchmarks.stitch_models import LARGE, SMALL, table, verdict
 from benchmarks.task_bricks import summary, tasks_of
 
@@ -87,3 +89,33 @@ def test_the_verdict_is_of_what_is_best_on_validation() -> None:
     assert list(verdict([worse]).values()) == [True, False, False, False]
     marked = [line for line in table([worse, good]).splitlines() if "best on validation" in line]
     assert len(marked) == 1 and "random bridge" in marked[0]
+
+
+def test_rules_are_held_against_the_baseline_over_tasks() -> None:
+    """Means over seeds first, then an interval over tasks; a rule that a seed lacks is out."""
+
+    def seed(shift: float) -> dict[str, object]:
+        rules = {
+            "base": {"a": 0.5, "b": 0.6, "c": 0.7},
+            "better": {"a": 0.6 + shift, "b": 0.7, "c": 0.75},
+        }
+        bounds = {"own": dict.fromkeys("abc", 0.8), "multitask": rules["base"]}
+        return {
+            "bounds": {**bounds, "head alone": rules["base"]},
+            "rules": {name: {"test": found, "parameters": {}} for name, found in rules.items()},
+        }
+
+    results = {"0": seed(0.0), "1": seed(0.02)}
+    results["0"]["rules"]["unfinished"] = {}  # type: ignore[index]
+    lines = rules_of(results, "base")
+    assert set(lines) == {"head alone", "base", "better", "multitask", "own"}
+    better = lines["better"]
+    assert better["average"] == pytest.approx(100 * (0.61 + 0.7 + 0.75) / 3)
+    assert better["normalised"] == pytest.approx(100 * (0.61 + 0.7 + 0.75) / 3 / 0.8)
+    expected = stats.ttest_1samp([11, 10, 5], 0).confidence_interval(0.95)
+    over = better["over_baseline"]
+    assert over["mean"] == pytest.approx(26 / 3)
+    assert (over["low"], over["high"]) == pytest.approx((expected.low, expected.high))
+    assert "over_baseline" not in lines["base"]
+    rows = as_markdown(lines).splitlines()
+    assert rows[-1].startswith("| own | 80.0 | 100.0 | ")
