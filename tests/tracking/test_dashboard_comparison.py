@@ -154,3 +154,54 @@ def test_found_weights_say_what_they_were_chosen_on(
         "[...document.querySelectorAll('.heat tbody th[scope=row]')].map((th) => th.textContent)"
     )
     assert rows == ["tuned", "adaptedadapts on test inputs"]
+
+
+def test_every_mark_of_a_brick_that_adapted_says_so(
+    browser: Browser, drawn: Draw, tmp_path: Path
+) -> None:
+    """From the cells of the comparison alone: the run that adapted need not be on the page."""
+    said = "adapts on test inputs"
+    records = compared(tmp_path)
+    adapted = next(row for row in records[0]["comparison"]["rows"] if row["label"] == "topic")
+    for one in records[0]["matrix"]:
+        if one["brick"] == adapted["label"]:
+            one["note"] = said
+    page, _ = drawn(records)
+    browser.open(page, width=1280)
+    assert browser.messages == []
+    marks = browser.run(
+        "[...document.querySelectorAll('#costs [data-cost]')].map((mark) =>"
+        " [mark.getAttribute('aria-label'), mark.matches('.noted')])"
+    )
+    noted = [label.partition(":")[0] for label, hollow in marks if hollow]
+    assert noted == [adapted["label"]]
+    assert [label.partition(":")[0] for label, _ in marks if said in label] == noted
+    shape = "document.querySelector('#costs .noted :last-child')"
+    assert browser.run(f"{shape}.getAttribute('fill')") == "var(--card)"
+    browser.run(
+        "document.querySelector('#costs .noted')"
+        ".dispatchEvent(new PointerEvent('pointermove', {bubbles: true}))"
+    )
+    assert said in browser.run("document.getElementById('tip').textContent")
+    legend = browser.run("document.querySelector('#costs .said').textContent")
+    assert legend == f"Hollow: {adapted['label']} {said}."
+    for section in ("ranking", "matrix", "bricks"):
+        text = browser.run(f"document.querySelector('#{section}').textContent")
+        assert text.count(said) == 1, section
+
+
+def test_a_cost_chart_of_runs_says_what_adapted(
+    browser: Browser, drawn: Draw, tmp_path: Path
+) -> None:
+    records = [found(tmp_path), found(tmp_path, "adapted", adapts=True)]
+    for number, record in enumerate(records):
+        record["cost"]["seconds"] = 1.0 + number
+    page, _ = drawn(records)
+    browser.open(page, width=1280)
+    marks = browser.run(
+        "[...document.querySelectorAll('#costs g[data-cost]')]"
+        ".map((mark) => mark.matches('.noted'))"
+    )
+    assert marks == [False, True]
+    legend = browser.run("document.querySelector('#costs .said').textContent")
+    assert legend == "Hollow: adapted adapts on test inputs."

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from browser import Browser
-from demo_records import TASKS, quickstart, trained
+from demo_records import TASKS, cell, figure, quickstart, trained
 from demo_sets import many
 from drawing import Draw
 
@@ -55,6 +55,8 @@ def test_the_mean_over_seeds_wins_and_says_so(
         for name in ("one", "two")
         for seed in (1, 2, 3)
     ]
+    for record in records[3:]:
+        record["matrix"][0]["value"] -= 0.03
     page, data = drawn(records)
     browser.open(page, width=1280)
     found = browser.run(
@@ -70,6 +72,31 @@ def test_the_mean_over_seeds_wins_and_says_so(
     figure = data["matrix"]["rows"][0]["cells"][0]
     assert figure["value"] == pytest.approx(0.9) and figure["n"] == 3
     assert figure["high"] - figure["value"] == pytest.approx(4.3027 * 0.01 / 3**0.5, rel=1e-4)
+
+
+def test_all_that_are_equally_good_are_ringed(
+    browser: Browser, drawn: Draw, tmp_path: Path
+) -> None:
+    """A tie has no first; a bound cannot win, so it has no ring, however good."""
+    records = [trained(tmp_path, "topic", name=name) for name in ("one", "two")]
+    records.append(trained(tmp_path, "topic", name="three"))
+    records[2]["matrix"][0] |= figure(0.8)
+    records[2]["matrix"].append(cell("multitask", "topic", 0.88, "ceiling"))
+    page, data = drawn(records)
+    browser.open(page, width=1280)
+    ringed = browser.run(
+        "[...document.querySelectorAll('.heat tr')].filter((row) => row.querySelector('td.best'))"
+        ".map((row) => row.querySelector('th').textContent)"
+    )
+    assert ringed == ["one", "two"]
+    values = [row["cells"][0]["value"] for row in data["matrix"]["rows"]]
+    assert values == [0.88, 0.88, 0.8, 0.88, TASKS["topic"][1]]
+    tips = []
+    for at in range(5):
+        cell_at = f"document.querySelectorAll('.heat tbody td[tabindex]')[{at}]"
+        browser.run(f"{cell_at}.dispatchEvent(new PointerEvent('pointermove', {{bubbles: true}}))")
+        tips.append("best of the column" in browser.run("document.querySelector('#tip').innerText"))
+    assert tips == [True, True, False, False, False]
 
 
 def test_a_cell_names_whose_head_answered(browser: Browser, drawn: Draw, tmp_path: Path) -> None:
