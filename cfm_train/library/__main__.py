@@ -10,13 +10,16 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cfm_train.errors import UserError
 from cfm_train.library.card import Card, check_name
 from cfm_train.library.peft_checks import KINDS
 from cfm_train.library.store import Library
 from cfm_train.library.upkeep import GRACE, stitched_from
+
+if TYPE_CHECKING:
+    from cfm_train.backbone.spec import ResolvedBackbone
 
 #: Commands that make the library where it is not there yet.
 _MAKE = ("add", "pull")
@@ -129,19 +132,23 @@ def _add(library: Library, options: argparse.Namespace) -> None:
     from cfm_train.library.peft_format import read_folder
 
     check_name(options.name)
-    backbone_id, fingerprint, tokenizer = (
+    resolved, fingerprint, tokenizer = (
         _backbone(options.backbone) if options.backbone else (None, None, None)
     )
     why = _add_export(library, options, fingerprint)
     if why is None:
         return
     adapter = read_folder(options.folder, options.kind)
+    if resolved:
+        from cfm_train.backbone.fits import check_fits
+
+        check_fits(adapter.tensors, resolved, str(options.folder))
     card = Card(
         name=options.name,
         kind=adapter.kind,
         granularity="layer",
         requires=[fingerprint] if fingerprint else [],
-        backbone_id=backbone_id or adapter.base,
+        backbone_id=resolved.id if resolved else adapter.base,
         tokenizer=tokenizer,
         operation="add",
         interface=adapter.interface,
@@ -190,8 +197,8 @@ def _add_export(
     return None
 
 
-def _backbone(text: str) -> tuple[str | None, str, str | None]:
-    """Id, fingerprint and tokenizer hash of what a person calls a backbone."""
+def _backbone(text: str) -> tuple[ResolvedBackbone | None, str, str | None]:
+    """Folder, fingerprint and tokenizer hash of what a person calls a backbone."""
     if re.fullmatch(r"[0-9a-f]{64}", text):
         return None, text, None
     import yaml
@@ -205,7 +212,7 @@ def _backbone(text: str) -> tuple[str | None, str, str | None]:
     if re.fullmatch(r"[\w.-]+", text) and known.is_file() and not Path(text).is_dir():
         section = yaml.safe_load(known.read_text(encoding="utf-8"))
     resolved = resolve(section)
-    return resolved.id, fingerprint(resolved.folder), tokenizer_hash(resolved.folder)
+    return resolved, fingerprint(resolved.folder), tokenizer_hash(resolved.folder)
 
 
 def _verify(library: Library, options: argparse.Namespace) -> list[str]:

@@ -26,6 +26,7 @@ from cfm_train.library.peft_checks import (
     check_known,
     is_empty,
 )
+from cfm_train.library.tensorfile import TensorInfo
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -41,6 +42,7 @@ class Adapter:
     Attributes:
         kind: one of `KINDS`, or ``peft``.
         files: the files to store, by name.
+        tensors: every tensor by name, as the header has it.
         interface: what, with the tensors, defines the brick.
         base: the backbone as PEFT names it, None where it does not.
         aside: tensors that only PEFT uses, see `aside_tensors`.
@@ -49,6 +51,7 @@ class Adapter:
 
     kind: str
     files: dict[str, Path]
+    tensors: dict[str, TensorInfo]
     interface: dict[str, Any]
     base: str | None
     aside: list[str]
@@ -83,6 +86,7 @@ def read_folder(folder: Path, kind: str | None = None) -> Adapter:
     return Adapter(
         kind=kind,
         files={name: folder / name for name in (CONFIG_FILE, TENSOR_FILE)},
+        tensors=tensors,
         interface={"kind": kind, "peft": function_of(config)},
         base=config.get("base_model_name_or_path") or None,
         aside=aside_tensors(config, tensors),

@@ -10,18 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from cfm_train.backbone.fingerprint import tokenizer_hash
-from cfm_train.config.compose import option
 from cfm_train.config.searching import ADAPTS
-from cfm_train.data.encode import encode
 from cfm_train.evaluation.matrix import cells_of, figures_of, row
-from cfm_train.evaluation.scorer import Body, Scorer
-from cfm_train.evaluation.shelf import Shelf
+from cfm_train.evaluation.scorer import Body
 from cfm_train.merging.search.search import Search, lower
 from cfm_train.operations.bench import Bench, Tried
 from cfm_train.operations.selection import Selection
+from cfm_train.operations.setting import scorer_for
 from cfm_train.operations.sought import Sought
-from cfm_train.paths import cache_dir
 from cfm_train.tracking.comparison_tables import cells
 from cfm_train.tracking.metrics_file import MetricsFile
 
@@ -200,16 +196,7 @@ def report(
         wandb: gets the matrix and the figures.
         folder: the run's, for the examples.
     """
-    scorer = Scorer(
-        backbone,
-        {n: encode(t, backbone.tokenizer, cache_dir()) for n, t in sought.tasks.items()},
-        {name: task.fingerprints for name, task in sought.tasks.items()},
-        tokenizer=tokenizer_hash(selection.backbone.folder),
-        trainer=option("trainer", "default", learning_rate=1e-3),
-        evaluation=config["evaluation"],
-        seed=config["seed"],
-        shelf=Shelf(None),
-    )
+    scorer = scorer_for(sought.tasks, backbone, selection.backbone, config)
     scored = row(scorer, body, list(sought.tasks), {})
     matrix, metrics = cells_of(scored), figures_of(scored)
     wandb.table("matrix", *cells(matrix))

@@ -7,11 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfm_train.backbone.fingerprint import tokenizer_hash
-from cfm_train.config.compose import option
 from cfm_train.configuration.apply import assemble
 from cfm_train.configuration.expression import Expression, bricks
-from cfm_train.data.encode import encode
 from cfm_train.evaluation.matrix import Bring, heads_of
 from cfm_train.evaluation.scorer import Body, Scorer, identity_of
 from cfm_train.evaluation.shelf import Shelf
@@ -22,9 +19,9 @@ from cfm_train.operations.setting import (
     backbone_entries,
     brick_entry,
     open_backbone,
+    scorer_for,
     unchanged,
 )
-from cfm_train.paths import cache_dir
 from cfm_train.training.cost import peak_memory
 
 if TYPE_CHECKING:
@@ -84,16 +81,7 @@ def open_scene(config: dict[str, Any], inputs: Inputs, shelf: Shelf) -> Scene:
     """
     selection = inputs.selection
     backbone, checksum = open_backbone(selection.backbone, selection.section)
-    scorer = Scorer(
-        backbone,
-        {n: encode(t, backbone.tokenizer, cache_dir()) for n, t in inputs.tasks.items()},
-        {name: task.fingerprints for name, task in inputs.tasks.items()},
-        tokenizer=tokenizer_hash(selection.backbone.folder),
-        trainer=option("trainer", "default", learning_rate=1e-3),
-        evaluation=config["evaluation"],
-        seed=config["seed"],
-        shelf=shelf,
-    )
+    scorer = scorer_for(inputs.tasks, backbone, selection.backbone, config, shelf)
     scene = Scene(backbone, checksum, [], {}, scorer, {})
     for label, tree in zip(selection.labels, selection.trees, strict=True):
         scene.bodies.append(scene.body(label, tree, selection))

@@ -11,6 +11,9 @@ from cfm_train.backbone.spec import ResolvedBackbone
 
 if TYPE_CHECKING:
     from cfm_train.backbone.load import Backbone
+    from cfm_train.data.sources import Checked
+    from cfm_train.evaluation.scorer import Scorer
+    from cfm_train.evaluation.shelf import Shelf
     from cfm_train.library.card import Card
     from cfm_train.library.store import Library
     from cfm_train.tracking.wandb_run import WandbRun
@@ -47,6 +50,41 @@ def open_backbone(
         dtype = trainer.get("precision", "auto")
     backbone = load_backbone(resolved, dtype=dtype, device=device)
     return backbone, backbone.checksum()
+
+
+def scorer_for(
+    tasks: Mapping[str, Checked],
+    backbone: Backbone,
+    resolved: ResolvedBackbone,
+    config: Mapping[str, Any],
+    shelf: Shelf | None = None,
+) -> Scorer:
+    """What asks a run's tasks of bodies; tokenises their rows.
+
+    Args:
+        tasks: the tasks with all their rows.
+        backbone: nothing plugged.
+        resolved: the backbone's folder.
+        config: the run's config: ``evaluation`` and ``seed``.
+        shelf: what earlier records hold; None asks everything anew.
+    """
+    from cfm_train.backbone.fingerprint import tokenizer_hash
+    from cfm_train.config.compose import option
+    from cfm_train.data.encode import encode
+    from cfm_train.evaluation.scorer import Scorer
+    from cfm_train.evaluation.shelf import Shelf
+    from cfm_train.paths import cache_dir
+
+    return Scorer(
+        backbone,
+        {name: encode(task, backbone.tokenizer, cache_dir()) for name, task in tasks.items()},
+        {name: task.fingerprints for name, task in tasks.items()},
+        tokenizer=tokenizer_hash(resolved.folder),
+        trainer=option("trainer", "default", learning_rate=1e-3),
+        evaluation=config["evaluation"],
+        seed=config["seed"],
+        shelf=Shelf(None) if shelf is None else shelf,
+    )
 
 
 def unchanged(backbone: Backbone, before: str, resolved: ResolvedBackbone) -> bool:

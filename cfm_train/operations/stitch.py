@@ -78,20 +78,16 @@ def check(config: dict[str, Any]) -> Inputs:
 def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     """Stitches, compares and stores; returns the record's own part."""
     from cfm_train.bricks.stored import store
-    from cfm_train.config.compose import option
     from cfm_train.configuration.apply import assemble
-    from cfm_train.data.encode import encode
-    from cfm_train.evaluation.scorer import Scorer
-    from cfm_train.evaluation.shelf import Shelf
     from cfm_train.operations.setting import (
         backbone_entries,
         brick_entry,
         open_backbone,
+        scorer_for,
         tracked,
         unchanged,
     )
     from cfm_train.operations.stitched import Comparison, compare, probe_of
-    from cfm_train.paths import cache_dir
     from cfm_train.stitching.fold import fold
     from cfm_train.stitching.promises import HALF, TOLERANCE, order_effect, promises, relative
     from cfm_train.stitching.stitch import stitch_bricks
@@ -104,9 +100,9 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     made = stitch_bricks(config["mode"], parts, backbone, selection.labels)
     made.expression = str(inputs.tree)
     brick = fold(made, backbone) if config["fold"] else made
-    tasks = {n: encode(t, backbone.tokenizer, cache_dir()) for n, t in inputs.tasks.items()}
+    scorer = scorer_for(inputs.tasks, backbone, selection.backbone, config)
     with tracked(config, folder) as wandb:
-        probe = probe_of(backbone, tasks)
+        probe = probe_of(backbone, scorer.tasks)
         bare = probe.ask()
         metrics = {"order effect": order_effect(made, probe)}
         checks = promises(made, probe)
@@ -119,17 +115,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
                 "passed": worst <= tolerance,
             }
         found, examples = Comparison([], {}, [], {}), None
-        if tasks:
-            scorer = Scorer(
-                backbone,
-                tasks,
-                {name: task.fingerprints for name, task in inputs.tasks.items()},
-                tokenizer=tokenizer_hash(selection.backbone.folder),
-                trainer=option("trainer", "default", learning_rate=1e-3),
-                evaluation=config["evaluation"],
-                seed=config["seed"],
-                shelf=Shelf(None),
-            )
+        if inputs.tasks:
             found = compare(made, parts, inputs.tree, selection, scorer)
             examples = scorer.shelf.write(folder)
         again = bool((probe.ask() == bare).all())

@@ -29,6 +29,8 @@ def told_by(comparison: Mapping[str, Any], rows: Sequence[Json]) -> None:
         if known is None:
             continue
         row["mean"], row["normalised"] = known["mean"], known["normalised"]
+        if known.get("note"):
+            row["note"] = known["note"]
         if "competes" not in known:
             continue
         row["short"] = known["short"]
@@ -49,8 +51,9 @@ def comparison_view(
         folder: where the page will lie: links are relative to it.
 
     Returns:
-        The record's comparison; each row and part also has ``card`` (a link, or None), and each row
-        ``search`` (how its weights were found, from the record of the run that made it).
+        The record's comparison; each row and part also has ``card`` (a link, or None), each row
+        ``note`` (what has to be said beside its figures, or None); ``chosen_on`` is filled in from
+        the record of the run that made it, where that is on the page.
     """
     found: Json = dict(record["comparison"])
     searches = {
@@ -58,6 +61,7 @@ def comparison_view(
         for made in records
         if made["brick"] is not None and made.get("search")
     }
+    notes = {cell["brick"]: cell["note"] for cell in record["matrix"] if cell.get("note")}
     rows = []
     for row in found["rows"]:
         brick = row["brick"]
@@ -67,7 +71,7 @@ def comparison_view(
             "card": _card(brick, folder),
             "parts": [{**part, "card": _card(part, folder)} for part in row["parts"]],
             "chosen_on": row["chosen_on"] or search.get("chosen_on"),
-            "search_note": search.get("note"),
+            "note": notes.get(row["label"]) or search.get("note"),
         })  # fmt: skip
     winner = found["winner"]
     if winner is not None:

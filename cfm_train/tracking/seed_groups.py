@@ -75,6 +75,7 @@ def with_groups(
             "runs": [at for member in members for at in member["runs"]],
             "cells": [_mean(cells) for cells in zip(*(m["cells"] for m in members), strict=True)],
             "of": members,
+            **next(({"note": member["note"]} for member in members if "note" in member), {}),
         }
         for member in members:
             member["part"] = True

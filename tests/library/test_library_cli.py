@@ -222,7 +222,8 @@ def test_add_with_a_backbone(run, filled, tmp_path):
     model.mkdir()
     (model / "config.json").write_text('{"model_type": "bert"}')
     (model / "tokenizer.json").write_text("{}")
-    save_file({"a": np.ones(2, np.float32)}, model / "model.safetensors")
+    query = "bert.encoder.layer.0.attention.self.query.weight"
+    save_file({query: np.ones((4, 4), np.float32)}, model / "model.safetensors")
     assert run("add", folder, "--name", "fits", "--backbone", str(model))[0] == 0
     from cfm_train.backbone.fingerprint import fingerprint, tokenizer_hash
 
@@ -231,6 +232,26 @@ def test_add_with_a_backbone(run, filled, tmp_path):
     assert fits.backbone_id == "model"
     code, _, err = run("add", folder, "--name", "lost", "--backbone", str(tmp_path / "gone"))
     assert code == 2 and "There is no backbone folder" in err
+
+
+def test_an_adapter_of_another_backbone_is_refused(run, filled, tmp_path):
+    """By the names and shapes of its modules; the library stays as it was."""
+    folder, model = adapter(tmp_path / "adapter"), tmp_path / "llama"
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "llama"}')
+    (model / "tokenizer.json").write_text("{}")
+    held = {"model.layers.0.self_attn.q_proj.weight": np.ones((4, 4), np.float32)}
+    save_file(held, model / "model.safetensors")
+    root = Path(filled.root)
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    code, out, err = run("add", str(folder), "--name", "lost", "--backbone", str(model))
+    assert (code, out) == (2, "")
+    assert before == {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    assert err == (
+        f"error: The adapter {folder} does not fit the backbone 'llama', which has none of its "
+        "modules ('base_model.model.encoder.layer.0.attention.self.query.lora_A.weight', …): "
+        "name the backbone that it was trained on.\n"
+    )
 
 
 @pytest.fixture

@@ -104,6 +104,17 @@ def test_the_mean_of_the_seeds_competes_and_no_single_seed_does() -> None:
     assert [point["row"] for point in shown["costs"]] == [1, 2, 3, 5, 6, 7], "each at its own cost"
 
 
+def test_the_mean_of_seeds_says_what_is_said_of_a_seed() -> None:
+    records = seeded("a", "a1b2", {1: 0.80, 2: 0.81})
+    for record in records:
+        record["matrix"][0]["note"] = "adapts on test inputs"
+    table = view([*records, *seeded("b", "c3d4", {1: 0.7, 2: 0.9})], Path())["matrix"]["rows"]
+    assert [row["label"] for row in table if "note" in row] == [
+        "a · mean of 2 seeds", "a · seed 1", "a · seed 2",
+    ]  # fmt: skip
+    assert {row["note"] for row in table if "note" in row} == {"adapts on test inputs"}
+
+
 def test_settings_of_one_name_are_grouped_apart() -> None:
     records = [*seeded("a", "a1b2", {1: 0.6, 2: 0.7}), *seeded("a", "c3d4", {1: 0.8, 2: 0.9})]
     records = [records[at] for at in (0, 2, 1, 3)]  # as a sweep over both has them

@@ -1,4 +1,5 @@
-// Cost against quality: one mark for each brick, with its interval; bounds as lines across.
+// Cost against quality: one mark for each brick, with its interval; bounds as lines across. A mark
+// whose brick has a note (its weights adapted on test inputs) is hollow, and the note is told.
 
 /** The figure of a matrix row for one column, or the mean gain over the floor on all its tasks. */
 function quality(row, column) {
@@ -72,13 +73,15 @@ function costChart(key, column, width) {
     const { x, y } = marks[at];
     const made = point.row.role === "merged";
     const fillColour = made ? "var(--c1)" : "var(--c0)";
-    const rows = [...figureRows(point.figure, metric), [costName.toLowerCase(), costText(point.x)]];
+    const { note } = point.row;
+    const paint = { fill: note ? "var(--card)" : fillColour, stroke: note ? fillColour : "var(--card)", "stroke-width": note ? 2.5 : 1.5 };
+    const rows = [...figureRows(point.figure, metric), [costName.toLowerCase(), costText(point.x)], ...(note ? [["", note]] : [])];
     const target = point.card || (COMPARISON && rowOf(point.row.label) ? `#brick-${COMPARISON.rows.indexOf(rowOf(point.row.label))}` : null);
-    const group = svg(target ? "a" : "g", { ...(target ? { href: target } : { tabindex: 0, role: "img" }), "data-value": point.figure.value, "data-cost": point.x,
+    const group = svg(target ? "a" : "g", { ...(target ? { href: target } : { tabindex: 0, role: "img" }), "data-value": point.figure.value, "data-cost": point.x, class: note ? "noted" : null,
       "aria-label": `${point.row.label}: ${rows.map(([name, text]) => `${name} ${text}`).join(", ")}` },
     svg("line", { class: "whisker", x1: x, x2: x, y1: view.y(point.figure.low), y2: view.y(point.figure.high), stroke: fillColour }),
-    made ? svg("path", { d: `M${x},${y - 8}L${x + 8},${y}L${x},${y + 8}L${x - 8},${y}Z`, fill: fillColour, stroke: "var(--card)", "stroke-width": 1.5 })
-      : svg("circle", { cx: x, cy: y, r: 6.5, fill: fillColour, stroke: "var(--card)", "stroke-width": 1.5 }));
+    made ? svg("path", { d: `M${x},${y - 8}L${x + 8},${y}L${x},${y + 8}L${x - 8},${y}Z`, ...paint })
+      : svg("circle", { cx: x, cy: y, r: 6.5, ...paint }));
     view.plot.append(withTip(group, () => ({ title: point.row.label, rows })));
   });
   for (const label of marks.length > 14 ? [] : placeLabels(marks, view.box)) {
@@ -105,10 +108,12 @@ function drawCosts() {
   const select = (options) => html("select", { change: redraw }, options.map(([value, name]) => html("option", { value }, name)));
   const cost = select(keys), quality = select(columns);
   drawnIn(holder, (now) => { width = now; return costChart(cost.value, columnOf(quality.value), now); });
+  const noted = DATA.costs.map((point) => rows[point.row]).filter((row) => row.note);
   const merged = DATA.costs.some((point) => rows[point.row].role === "merged");
   fill("costs",
     html("p", { class: "lead" }, "Up and to the left is better. A mark leads to its card. The bars are 95\u00a0% intervals",
       merged ? "; circles are trained bricks, diamonds were made from bricks." : ".",
       COMPARISON ? " Time is the training loop’s of a trained brick, the whole run’s of a stored merge, and that of putting a configuration together here; what its bricks took is not in it." : null),
-    html("div", { class: "tools" }, html("label", {}, "Cost", cost), html("label", {}, "Quality", quality)), holder);
+    html("div", { class: "tools" }, html("label", {}, "Cost", cost), html("label", {}, "Quality", quality)), holder,
+    noted.length ? html("p", { class: "dim small said" }, `Hollow: ${noted.map((row) => `${row.short || row.label} ${row.note}`).join("; ")}.`) : null);
 }

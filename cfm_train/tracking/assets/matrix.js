@@ -28,7 +28,7 @@ function headRow(row, cell) {
 const anew = (row, cell) => Boolean(cell && cell.head === "head refitted");
 const borrowed = (row, cell) => Boolean(cell && cell.head && cell.head !== row.brick && cell.head !== "head refitted");
 
-function heatCell(matrix, row, number, at, scales) {
+function heatCell(matrix, row, at, scales) {
   const cell = row.cells[at];
   if (!cell) return html("td", { class: "empty" }, html("span", { "aria-label": "not measured" }, "·"));
   const { task, metric } = matrix.tasks[at];
@@ -36,7 +36,7 @@ function heatCell(matrix, row, number, at, scales) {
   const distance = far ? (merit(row) - zero) / far : 0;
   const t = Math.abs(distance);
   const rivals = matrix.rows.filter((other) => other.cells[at] && competes(other)).length;
-  const best = matrix.best[at] === number && rivals > 1;
+  const best = rivals > 1 && competes(row) && cell.value === matrix.rows[matrix.best[at]].cells[at].value;
   const marked = matrix === DATA.matrix;
   const classes = [distance > 0 ? "gain" : distance < 0 ? "behind" : "", best ? "best" : ""];
   return withTip(html("td", {
@@ -91,7 +91,7 @@ function matrixTable(matrix, over) {
     means ? html("th", { scope: "col" }, "mean", html("small", {}, counted.length < tasks.length ? `of ${counted.length} tasks` : "all tasks")) : null));
   const body = html("tbody", {});
   let role = null;
-  rows.forEach((row, number) => {
+  rows.forEach((row) => {
     if (row.role !== role) {
       role = row.role;
       body.append(html("tr", { class: "group" }, html("th", { colspan: tasks.length + 1 + means, scope: "rowgroup" }, ROLES[role])));
@@ -100,7 +100,7 @@ function matrixTable(matrix, over) {
     body.append(html("tr", { class: BOUND.has(role) ? "bound" : row.part || row.passed_over ? "part" : "" },
       html("th", { scope: "row" }, COMPARISON ? nameOf(row.brick) : row.brick, notes.length ? html("small", {}, notes.join(" · ")) : null,
         row.note ? html("small", { class: "said" }, row.note) : null),
-      tasks.map((_, at) => heatCell(matrix, row, number, at, scales)), means ? meanCell(row, metric) : null));
+      tasks.map((_, at) => heatCell(matrix, row, at, scales)), means ? meanCell(row, metric) : null));
   });
   const floor = rows.some((row) => row.role === "floor");
   return [html("div", { class: "scroll" }, withArrows(html("table", { class: "heat",

@@ -9,18 +9,18 @@ function nameOf(label) {
   if (!row || row.role === "floor") return label;
   return html("a", { class: "plain", href: row.card || `#brick-${COMPARISON.rows.indexOf(row)}` }, label);
 }
-/** How the weights of a row were found, where a record says so. */
-function searchNote(row) {
+/** How the weights of a row were found, where a record says so, and what else has to be said. */
+function notesOf(row) {
   return [row.chosen_on ? `chosen on ${row.chosen_on}` : null,
-    row.search_note].filter(Boolean);
+    row.note].filter(Boolean);
 }
 
 function rankingEntries(by) {
   const grouped = new Set(COMPARISON.groups.flatMap((group) => group.members));
   const entries = COMPARISON.rows.filter((row) => (row.competes && !grouped.has(row.label)) || ["floor", "ceiling"].includes(row.role))
-    .map((row) => ({ label: row.label, figure: row[by], role: row.role, notes: searchNote(row) }));
+    .map((row) => ({ label: row.label, figure: row[by], role: row.role, notes: notesOf(row) }));
   for (const group of COMPARISON.groups) {
-    entries.push({ label: `${group.label} · mean of ${group.members.length} seeds`, figure: group[by], role: rowOf(group.members[0]).role, notes: [], seeds: true });
+    entries.push({ label: `${group.label} · mean of ${group.members.length} seeds`, figure: group[by], role: rowOf(group.members[0]).role, notes: [...new Set(group.members.flatMap((label) => notesOf(rowOf(label))))], seeds: true });
   }
   return entries.filter((entry) => entry.figure);
 }

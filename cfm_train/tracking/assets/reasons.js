@@ -91,7 +91,7 @@ function drawBricks() {
   const ways = { training: "training", run: "whole run", assembly: "put together here" };
   const rows = COMPARISON.rows.map((row, at) => row.role === "floor" ? null : html("tr", { id: `brick-${at}` },
     html("td", {}, row.card ? html("a", { href: row.card }, html("b", {}, row.label)) : html("b", {}, row.label),
-      html("div", { class: "dim small" }, [{ brick: "brick", merged: "made from bricks", ceiling: "upper bound" }[row.role], row.competes || row.role === "ceiling" ? null : "not chosen on validation", ...searchNote(row)].filter(Boolean).join(" · ")),
+      html("div", { class: "dim small" }, [{ brick: "brick", merged: "made from bricks", ceiling: "upper bound" }[row.role], row.competes || row.role === "ceiling" ? null : "not chosen on validation", ...notesOf(row)].filter(Boolean).join(" · ")),
       row.parts.length > 1 || !row.card ? html("details", { class: "small" }, html("summary", {}, "written out"), html("code", {}, row.expression)) : null),
     html("td", { class: "parts" }, row.parts.map((each, n) => [n ? ", " : "", part(each)]), html("div", { class: "dim small" }, data(row))),
     html("td", { class: "number" }, count(row.parameters)), html("td", { class: "number" }, bytes(row.bytes, 3)),

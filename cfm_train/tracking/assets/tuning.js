@@ -34,9 +34,9 @@ function tunedChart(curves, column, width) {
     }
     for (const point of points) {
       const x = view.x(point.x), y = view.y(point.figure.value);
-      const rows = [...figureRows(point.figure, metric), [curve.name, short(point.x, 4)],
-        ...(point.validation === null ? [] : [["validation", score(sign * point.validation, metric)]]), ...(point.chosen ? [["", "chosen on validation"]] : [])];
       const told = rowOf(point.row);
+      const rows = [...figureRows(point.figure, metric), [curve.name, short(point.x, 4)],
+        ...(point.validation === null ? [] : [["validation", score(sign * point.validation, metric)]]), ...(point.chosen ? [["", "chosen on validation"]] : []), ...(told.note ? [["", told.note]] : [])];
       const mark = svg("a", { href: told.card || `#brick-${COMPARISON.rows.indexOf(told)}`, "data-x": point.x, "data-value": point.figure.value, "data-chosen": String(point.chosen),
         "aria-label": `${point.row}: ${rows.map(([name, value]) => `${name} ${value}`).join(", ")}` },
       svg("line", { class: "whisker", x1: x, x2: x, y1: view.y(point.figure.low), y2: view.y(point.figure.high), stroke: colour(at) }),
