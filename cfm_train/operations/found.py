@@ -18,6 +18,7 @@ from cfm_train.operations.bench import Bench, Tried
 from cfm_train.operations.selection import Selection
 from cfm_train.operations.setting import scorer_for
 from cfm_train.operations.sought import Sought
+from cfm_train.operations.trials import trials
 from cfm_train.tracking.comparison_tables import cells
 from cfm_train.tracking.metrics_file import MetricsFile
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from cfm_train.backbone.load import Backbone
     from cfm_train.tracking.wandb_run import WandbRun
 
-METRICS = "metrics.jsonl"
+METRICS, TRIALS = "metrics.jsonl", "trials.jsonl"
 
 
 @dataclass(frozen=True)
@@ -73,35 +74,39 @@ class Found:
         )
 
 
-def find(bench: Bench, wandb: WandbRun, folder: Path) -> Found:
+def find(bench: Bench, wandb: WandbRun, folder: Path, *, goes_on: bool = False) -> Found:
     """Goes through the search's proposals and takes the point of least cost.
 
     Args:
         bench: where points are tried.
-        wandb: gets a row for each trial.
-        folder: the run's; ``metrics.jsonl`` is written when the search is over.
+        wandb: gets a row for each trial; it has those of ``metrics.jsonl``.
+        folder: the run's; ``trials.jsonl`` and ``metrics.jsonl`` grow by a line for each trial.
+        goes_on: whether trials in the folder are those of an earlier start of this very search;
+            otherwise they are removed.
     """
-    search = bench.search
-    tried: list[Tried] = []
-    proposals = search.propose(bench.problem)
+    search, file = bench.search, MetricsFile(folder / METRICS)
+    if not goes_on:
+        for name in (TRIALS, METRICS):
+            (folder / name).unlink(missing_ok=True)
     total = search.count(bench.problem)
+    file.cut_back(total)  # a torn line goes
+    logged = len(file.rows())
+    tried: list[Tried] = []
     with tqdm(total=total, desc=f"search {search.kind}", unit="trial") as bar:
-        point = next(proposals)
-        while True:
-            tried.append(bench.try_out(point))
-            if math.isfinite(tried[-1].cost):
-                wandb.log(len(tried), _row(search, tried[-1]))
+        for one in trials(bench, folder / TRIALS):
+            if math.isfinite(one.cost):
+                tried.append(one)
+                if len(tried) > logged:
+                    file.append(len(tried), _row(search, one))
+                    wandb.log(len(tried), _row(search, one))
             bar.update()
-            bar.set_postfix_str(f"best {search.objective} {tried[_best(tried)].value:.4f}")
-            try:
-                point = proposals.send(tried[-1].cost)
-            except StopIteration:
-                break
-    tried = [one for one in tried if math.isfinite(one.cost)]
-    (folder / METRICS).unlink(missing_ok=True)
-    file = MetricsFile(folder / METRICS)
-    for number, one in enumerate(tried, start=1):
-        file.append(number, _row(search, one))
+            if tried:
+                bar.set_postfix_str(f"best {search.objective} {tried[_best(tried)].value:.4f}")
+    rows = [_row(search, one) for one in tried]
+    if file.rows() != [{"step": step, **row} for step, row in enumerate(rows, start=1)]:
+        file.cut_back(0)  # an earlier start came to other trials
+        for step, row in enumerate(rows, start=1):
+            file.append(step, row)
     chosen = _best(tried)
     best = tried[chosen].point
     names = [axis.name for axis in bench.axes]

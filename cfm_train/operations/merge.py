@@ -163,7 +163,8 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
                 statistics=statistics,
                 seed=config["seed"],
             )
-            found = find(bench, wandb, folder)
+            # All that decides a trial is in the hash that names the folder.
+            found = find(bench, wandb, folder, goes_on=True)
             section, weights = found.section, found.weights
         mix, tree = make_mix(section), tree_of(selection, section, weights)
         result = merge(bodies, weights, mix, backbone, sources=sources, statistics=statistics)

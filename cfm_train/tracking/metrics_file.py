@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from cfm_train.errors import UserError
-from cfm_train.tracking.atomic import replace_file
+from cfm_train.tracking.atomic import append_line, replace_file
 
 
 class MetricsFile:
@@ -39,13 +38,7 @@ class MetricsFile:
             ValueError: a value is not finite (the run must stop before that) or not a scalar.
         """
         row = {"step": int(step), **{key: _scalar(key, value) for key, value in values.items()}}
-        line = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode()
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            while line:
-                line = line[os.write(descriptor, line) :]
-        finally:
-            os.close(descriptor)
+        append_line(self.path, json.dumps(row, ensure_ascii=False, allow_nan=False))
 
     def rows(self) -> list[dict[str, Any]]:
         """All complete rows in file order; a last line without its newline is torn and left out.

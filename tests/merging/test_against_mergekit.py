@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from cfm_train import paths
+from cfm_train.config.compose import compose
 from cfm_train.merging.sparsify.sparsifier import generator
 from tests.merging.merges import combined, mergekit, random_updates, relative
 
@@ -96,6 +98,36 @@ def test_equals_mergekit(
             theirs = {"normalize": False, **theirs}
         expected = mergekit(method, updates, weights, **theirs)
         assert relative(combined(rule, updates, weights, **ours), expected) < 1e-5
+
+
+#: Our recipe of the same name with these overrides is mergekit's method with its own defaults.
+RECIPES = {
+    "dare_ties": ["merge.divisor=one", "merge.rescale=l1"],
+    "breadcrumbs_ties": ["merge.divisor=one"],
+    "della": ["merge.rescale=l1", "merge.epsilon=0.15"],
+}
+
+
+@pytest.mark.parametrize("method", RECIPES)
+def test_recipes_with_the_overrides_that_are_documented(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mergekit is given weights and density alone; without the overrides ours differ."""
+    updates = random_updates(3, 8, 12)
+    recipe = [f"recipe=merge/{method}", "name=x", "bricks=[a,b,c]", "merge.density=0.5"]
+
+    def ours(*overrides: str) -> torch.Tensor:
+        given = {**compose([*recipe, *overrides])["merge"], "seed": 0}
+        return combined(given.pop("rule"), updates, WEIGHTS, **given)
+
+    monkeypatch.setattr(torch, "bernoulli", same_draws((8, 12)))
+    theirs = mergekit(method, updates, WEIGHTS, density=0.5)
+    assert relative(ours(*RECIPES[method]), theirs) < 1e-5
+    assert relative(ours(), theirs) > 0.1
+    documented = (paths.ROOT / "docs" / "merging.md").read_text()
+    if "merge.divisor=one" in RECIPES[method]:
+        documented = (paths.ROOT / "recipes" / "merge" / f"{method}.yaml").read_text()
+    assert all(override in documented for override in RECIPES[method])
 
 
 def same_draws(shape: tuple[int, ...]) -> Any:
