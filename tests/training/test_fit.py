@@ -181,7 +181,8 @@ def test_a_loss_that_grows_stops_the_run(tmp_path: Path) -> None:
     backbone = tiny("bert")
     data = {"regression": task_data(backbone, "regression")}
     brick = new_brick(backbone, data, "lora")
-    options = {"max_steps": 200, "learning_rate": 5.0, "divergence": 3.0, "warmup": 0.9}
+    options = {"max_steps": 200, "divergence": 3.0, "warmup": 0.9}
+    options |= {"learning_rate": 5.0, "head_learning_rate": 5.0}
     with pytest.raises(Diverged) as caught:
         train(backbone, brick, data, tmp_path / "run", **options)
     losses = [r["train/loss"] for r in rows(tmp_path / "run") if "train/loss" in r]

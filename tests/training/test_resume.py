@@ -107,8 +107,11 @@ class Terminate(Callback):
 
 @pytest.mark.parametrize("every", [4, 1000], ids=["due", "not due"])
 @pytest.mark.parametrize("batch", [0, 1, 2])
-def test_sigterm_in_a_validation_loses_no_step(batch: int, every: int, tmp_path: Path) -> None:
+def test_sigterm_in_a_validation_loses_no_step(
+    batch: int, every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At its first batch, in its midst, at its last: the same metrics, brick and early stopping."""
+    monkeypatch.setattr("cfm_train.training.fit.evaluation_tokens", lambda device: 4 * 12)
     backbone = tiny("llama")
     data = tasks(backbone)
     options = {**OPTIONS, "checkpoint_every": every, "tokens_per_batch": 12, "patience": 9}
