@@ -8,7 +8,7 @@ numbers). Any mix of ranks; nothing is multiplied out.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,51 +16,34 @@ from torch import Tensor
 
 from cfm_train.bricks.brick import Brick
 from cfm_train.errors import UserError
-from cfm_train.merging.spaces.delta import bias_entry
-from cfm_train.merging.spaces.low_rank import Merged, factors, is_dora, keep, low_rank
-from cfm_train.merging.spaces.space import Entry, Options, Result, Space
+from cfm_train.merging.spaces.low_rank import LowRankSpace, factors, is_dora, keep
+from cfm_train.merging.spaces.space import Entry, Options
 
 if TYPE_CHECKING:
     from cfm_train.backbone.load import Backbone
 
 
-class Core(Space):
+class Core(LowRankSpace):
     """Cores ``[Σr, Σr]`` in the bases of the stacked factors."""
 
     def __init__(self, bricks: Sequence[Brick], backbone: Backbone, options: Options) -> None:
         super().__init__(bricks, backbone, options)
-        self.loras = low_rank(bricks, self.kind)
         if any(map(is_dora, self.loras)):
             raise UserError(
                 "The update of a DoRA brick has full rank and so no core: use merge.space=delta "
                 "with merge.rank=16 or another rank."
             )
-        self.merged = Merged(self.loras, backbone, options)
 
-    def refuse_overlap(self) -> None:
-        """See the contract."""
-        self.merged.refuse_overlap()
+    def update_entry(self, site: str) -> Entry:
+        """A site's cores, float32."""
+        return Entry(f"{site}.core", site, functools.partial(self._cores, site))
 
-    def entries(self) -> Iterator[Entry]:
-        """Each site's cores, float32, and the biases."""
-        for site in self.merged.sites():
-            yield Entry(f"{site}.core", site, functools.partial(self._cores, site))
-            if self.merged.has_bias(site):
-                yield bias_entry(self.merged, site)
-
-    def put(self, entry: Entry, merged: Tensor) -> None:
+    def put_update(self, site: str, merged: Tensor) -> None:
         """``ΔW = U M Vᵀ``."""
-        if entry.name.endswith(".bias"):
-            self.merged.add_bias(entry.site, merged.double())
-            return
-        left, right = self._bases(entry.site)
-        U, S, Vh = torch.linalg.svd(merged.double() * self.options.scale, full_matrices=False)
+        left, right = self._bases(site)
+        U, S, Vh = torch.linalg.svd(merged * self.options.scale, full_matrices=False)
         cut = keep(left @ U, S, Vh @ right.T, self.options.rank or len(S))
-        self.merged.add(entry.site, cut)
-
-    def result(self) -> Result:
-        """A LoRA brick."""
-        return self.merged.result()
+        self.merged.add(site, cut)
 
     @functools.cache  # noqa: B019 (a space lives as long as its merge)
     def _bases(self, site: str) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ nothing of the outputs' width is multiplied out.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,15 +18,14 @@ from torch import Tensor
 from cfm_train.bricks.brick import Brick
 from cfm_train.errors import UserError
 from cfm_train.merging.spaces.core import basis
-from cfm_train.merging.spaces.delta import bias_entry
-from cfm_train.merging.spaces.low_rank import Merged, factors, is_dora, low_rank
-from cfm_train.merging.spaces.space import Entry, Options, Result, Space
+from cfm_train.merging.spaces.low_rank import LowRankSpace, factors, is_dora
+from cfm_train.merging.spaces.space import Entry, Options
 
 if TYPE_CHECKING:
     from cfm_train.backbone.load import Backbone
 
 
-class Knots(Space):
+class Knots(LowRankSpace):
     """Blocks ``Vᵢᵀ`` in the basis that the updates' columns share.
 
     Where no brick's B depends on the others', ``VᵢᵀVⱼ`` is zero and all singular values of a block
@@ -37,36 +36,20 @@ class Knots(Space):
 
     def __init__(self, bricks: Sequence[Brick], backbone: Backbone, options: Options) -> None:
         super().__init__(bricks, backbone, options)
-        self.loras = low_rank(bricks, self.kind)
         if any(map(is_dora, self.loras)):
             raise UserError(
                 "The update of a DoRA brick has full rank and no factors to align: use "
                 "merge.space=delta with merge.rank=16 or another rank."
             )
-        self.merged = Merged(self.loras, backbone, options)
 
-    def refuse_overlap(self) -> None:
-        """See the contract."""
-        self.merged.refuse_overlap()
+    def update_entry(self, site: str) -> Entry:
+        """A site's blocks, float32."""
+        return Entry(f"{site}.aligned", site, functools.partial(self._blocks, site))
 
-    def entries(self) -> Iterator[Entry]:
-        """Each site's blocks, float32, and the biases."""
-        for site in self.merged.sites():
-            yield Entry(f"{site}.aligned", site, functools.partial(self._blocks, site))
-            if self.merged.has_bias(site):
-                yield bias_entry(self.merged, site)
-
-    def put(self, entry: Entry, merged: Tensor) -> None:
+    def put_update(self, site: str, merged: Tensor) -> None:
         """``ΔW = U Σ Vᵀ``."""
-        if entry.name.endswith(".bias"):
-            self.merged.add_bias(entry.site, merged.double())
-            return
-        scaled, _ = self._aligned(entry.site)
-        self.merged.add_product(entry.site, scaled, merged.double())
-
-    def result(self) -> Result:
-        """A LoRA brick."""
-        return self.merged.result()
+        scaled, _ = self._aligned(site)
+        self.merged.add_product(site, scaled, merged)
 
     @functools.cache  # noqa: B019 (a space lives as long as its merge)
     def _aligned(self, site: str) -> tuple[Tensor, Tensor]:

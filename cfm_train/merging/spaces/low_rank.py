@@ -7,7 +7,9 @@ between them (the Frobenius optimum, Eckart and Young 1936).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -19,7 +21,7 @@ from cfm_train.bricks.brick import Brick, parameter_name
 from cfm_train.bricks.lora import LoRA
 from cfm_train.bricks.peft_modules import overlap
 from cfm_train.errors import UserError
-from cfm_train.merging.spaces.space import Options, Result
+from cfm_train.merging.spaces.space import Entry, Options, Result, Space
 
 if TYPE_CHECKING:
     from cfm_train.backbone.load import Backbone
@@ -255,3 +257,54 @@ class Merged:
             brick.know(self.backbone, site)
         cut = self.options.rank is not None or (self.lost or 0.0) > _ROUNDING
         return Result(brick.to(self.backbone.device), self.lost if cut else None)
+
+
+class LowRankSpace(Space):
+    """What all spaces of low-rank updates share: LoRA in, LoRA out, biases added one by one.
+
+    Attributes:
+        loras: the parents.
+        merged: the brick in the making.
+    """
+
+    def __init__(self, bricks: Sequence[Brick], backbone: Backbone, options: Options) -> None:
+        super().__init__(bricks, backbone, options)
+        self.loras = low_rank(bricks, self.kind)
+        self.merged = Merged(self.loras, backbone, options)
+
+    def refuse_overlap(self) -> None:
+        """See the contract."""
+        self.merged.refuse_overlap()
+
+    def entries(self) -> Iterator[Entry]:
+        """Each site's update as the space has it, and the biases."""
+        for site in self.merged.sites():
+            yield self.update_entry(site)
+            if self.merged.has_bias(site):
+                yield Entry(f"{site}.bias", site, functools.partial(self.biases, site))
+
+    def put(self, entry: Entry, merged: Tensor) -> None:
+        """See the contract."""
+        if entry.name.endswith(".bias"):
+            self.merged.add_bias(entry.site, merged.double())
+        else:
+            self.put_update(entry.site, merged.double())
+
+    def result(self) -> Result:
+        """A LoRA brick."""
+        return self.merged.result()
+
+    @abstractmethod
+    def update_entry(self, site: str) -> Entry:
+        """The updates of a site's weight, float32."""
+
+    @abstractmethod
+    def put_update(self, site: str, merged: Tensor) -> None:
+        """Takes up what became of `update_entry`, float64; λ is applied here."""
+
+    def biases(self, site: str) -> Tensor:
+        """The biases that the bricks add at a site, ``[N, out]`` float64."""
+        width = self.backbone.sites[site].out_features
+        nothing = torch.zeros(width, dtype=torch.float64)
+        found = [added_bias(brick, site, self.backbone) for brick in self.loras]
+        return torch.stack([nothing if bias is None else bias.cpu() for bias in found])
