@@ -1,4 +1,4 @@
-"""What operations that write a backbone share: its card, and the cards that it was made from.
+"""What operations that write a backbone share: its card, and what the record says of it.
 
 The weights lie in a folder of the person's choice; the library holds the card, with the backbone's
 fingerprint and a note of what it was made from, which the folder holds too.
@@ -7,36 +7,71 @@ fingerprint and a note of what it was made from, which the folder holds too.
 from __future__ import annotations
 
 import json
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
-from cfm_train.backbone.fingerprint import tokenizer_hash
+from cfm_train.backbone.fingerprint import fingerprint, tokenizer_hash
 from cfm_train.library.card import Card
 from cfm_train.library.store import Library
 
 
-def store_backbone(
-    out: Path, library: Library, *, note: tuple[str, str], made: str, **known: Any
-) -> Card:
-    """Puts the card of a new backbone into the library.
+def record_backbone(
+    config: Mapping[str, Any],
+    folder: Path,
+    out: Path,
+    library: Library,
+    *,
+    operation: str,
+    note: tuple[str, str],
+    expression: str,
+    sources: Mapping[Path, str],
+) -> dict[str, Any]:
+    """Puts the card of a new backbone into the library, and tells W&B.
 
     Args:
+        config: of the run.
+        folder: of the run.
         out: the backbone's folder.
-        library: where to.
+        library: where the card goes.
+        operation: what the card calls it.
         note: name and content of the file that says what it was made from, a JSON object.
-        made: the backbone's fingerprint.
-        **known: more fields of the card: ``name``, ``operation``, ``expression``, …
+        expression: what the card says that it is.
+        sources: the folder of each backbone that it was made from -> the fingerprint it had when
+            the run began.
+
+    Returns:
+        The record's part: ``brick``, ``backbone``, ``checks``, ``cost`` and ``wandb``.
     """
+    from cfm_train.operations.setting import brick_entry, tracked
+    from cfm_train.training.cost import peak_memory
+
+    made = fingerprint(out)
     file, text = note
+    parents = parents_of(set(sources.values()), made, library)
     card = Card(
         kind="backbone",
+        name=config["name"],
         backbone_id=out.name,
         tokenizer=tokenizer_hash(out),
         interface={"fingerprint": made, **json.loads(text)},
-        **known,
+        operation=operation,
+        expression=expression,
+        parents=parents,
+        recipe=dict(config),
+        run=folder.name,
     )
-    return library.add({file: text.encode()}, card)
+    with tracked(config, folder) as wandb:
+        card = library.add({file: text.encode()}, card)
+        wandb.artifact(card.name, "backbone", library.folder(card), {"version": card.version})
+    same = all(fingerprint(source) == before for source, before in sources.items())
+    return {
+        "brick": brick_entry(card, library, parents),
+        "backbone": {"id": out.name, "fingerprint": made, "unchanged": same},
+        "checks": {"sources unchanged": {"value": same, "tolerance": None, "passed": same}},
+        "cost": {"peak_memory_bytes": peak_memory()},
+        "wandb": wandb.as_record(),
+    }
 
 
 def parents_of(fingerprints: Set[str], made: str, library: Library) -> list[dict[str, str]]:
@@ -53,27 +88,3 @@ def parents_of(fingerprints: Set[str], made: str, library: Library) -> list[dict
         if card.kind == "backbone" and card.interface.get("fingerprint") in wanted:
             found.append({"name": card.name, "version": card.version})
     return found
-
-
-def entries(
-    out: Path, library: Library, card: Card, parents: list[dict[str, str]], *, made: str, same: bool
-) -> dict[str, Any]:
-    """What the record says of a new backbone: ``brick``, ``backbone``, ``checks`` and ``cost``.
-
-    Args:
-        out: the backbone's folder.
-        library: where its card lies.
-        card: its card, as stored.
-        parents: what it was made from, see `parents_of`.
-        made: the backbone's fingerprint.
-        same: whether the sources are what they were.
-    """
-    from cfm_train.operations.setting import brick_entry
-    from cfm_train.training.cost import peak_memory
-
-    return {
-        "brick": brick_entry(card, library, parents),
-        "backbone": {"id": out.name, "fingerprint": made, "unchanged": same},
-        "checks": {"sources unchanged": {"value": same, "tolerance": None, "passed": same}},
-        "cost": {"peak_memory_bytes": peak_memory()},
-    }

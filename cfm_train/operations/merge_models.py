@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfm_train.backbone.fingerprint import fingerprint
 from cfm_train.backbone.folders import check_room, look_at
 from cfm_train.backbone.sites import fits
 from cfm_train.backbone.tensors import content_of, stacks_of
@@ -28,7 +27,7 @@ from cfm_train.library.store import Library
 from cfm_train.merging.models.sources import Model, Plan, open_model, plan
 from cfm_train.merging.sidecars import needed_by
 from cfm_train.merging.weights import Weights, check_filters, check_weights
-from cfm_train.operations.made_backbone import entries, parents_of, store_backbone
+from cfm_train.operations.made_backbone import record_backbone
 from cfm_train.tracking.wandb_setting import resolve_mode
 
 if TYPE_CHECKING:
@@ -213,7 +212,6 @@ def _threads(config: Mapping[str, Any]) -> int:
 def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     """Writes the model and its card; returns the record's own part."""
     from cfm_train.merging.models.merge import merge_models
-    from cfm_train.operations.setting import tracked
 
     began = time.perf_counter()
     if not inputs.written:
@@ -226,30 +224,20 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
             threads=_threads(config),
         )
     seconds = time.perf_counter() - began
-    made = fingerprint(inputs.out)
     expression = _expression(inputs)
     everything = [*inputs.models, *([] if inputs.base is None else [inputs.base])]
-    parents = parents_of({model.fingerprint for model in everything}, made, inputs.library)
-    with tracked(config, folder) as wandb:
-        card = store_backbone(
-            inputs.out,
-            inputs.library,
-            note=(MERGE_FILE, inputs.merge),
-            made=made,
-            name=config["name"],
-            operation="merge",
-            expression=expression,
-            parents=parents,
-            recipe=config,
-            run=folder.name,
-        )
-        wandb.artifact(
-            card.name, "backbone", inputs.library.folder(card), {"version": card.version}
-        )
-    unchanged = all(fingerprint(m.backbone.folder) == m.fingerprint for m in everything)
+    record = record_backbone(
+        config,
+        folder,
+        inputs.out,
+        inputs.library,
+        operation="merge",
+        note=(MERGE_FILE, inputs.merge),
+        expression=expression,
+        sources={model.backbone.folder: model.fingerprint for model in everything},
+    )
     print(f"{inputs.out}: {len(inputs.plan.merged)} tensors in {seconds:.1f} s, {expression}")
-    record = entries(inputs.out, inputs.library, card, parents, made=made, same=unchanged)
-    return {**record, "wandb": wandb.as_record()}
+    return record
 
 
 def new_config(config: Mapping[str, Any], inputs: Inputs) -> str:

@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cfm_train.backbone.fingerprint import fingerprint
 from cfm_train.backbone.folders import check_room, look_at
 from cfm_train.backbone.named import same_tokenizer
 from cfm_train.backbone.tensors import size_of
 from cfm_train.errors import UserError
 from cfm_train.library.card import check_name
 from cfm_train.library.store import Library
-from cfm_train.operations.made_backbone import entries, parents_of, store_backbone
+from cfm_train.operations.made_backbone import record_backbone
 from cfm_train.stitching.layers.sources import Slice, read_slices
 from cfm_train.stitching.layers.writing import write_backbone
 from cfm_train.tracking.wandb_setting import resolve_mode
@@ -110,8 +109,6 @@ def _plan(config: dict[str, Any], inputs: Inputs) -> Any:
 
 def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     """Writes the model and its card; returns the record's own part."""
-    from cfm_train.operations.setting import tracked
-
     plan = _plan(config, inputs)
     texts = {
         "config.json": json.dumps(plan.config, indent=2, sort_keys=True) + "\n",
@@ -121,32 +118,20 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     same = inputs.written or write_backbone(
         inputs.out, plan.tensors, texts, companion, config["shard_bytes"]
     )
-    made = fingerprint(inputs.out)
     expression = f"stitch([{', '.join(map(str, inputs.slices))}])"
-    parents = parents_of({s.source.fingerprint for s in inputs.slices}, made, inputs.library)
-    with tracked(config, folder) as wandb:
-        card = store_backbone(
-            inputs.out,
-            inputs.library,
-            note=(STITCH_FILE, inputs.stitch),
-            made=made,
-            name=config["name"],
-            operation="stitch",
-            expression=expression,
-            parents=parents,
-            recipe=config,
-            run=folder.name,
-        )
-        wandb.artifact(
-            card.name, "backbone", inputs.library.folder(card), {"version": card.version}
-        )
-    unchanged = all(
-        fingerprint(s.source.backbone.folder) == s.source.fingerprint for s in inputs.slices
+    record = record_backbone(
+        config,
+        folder,
+        inputs.out,
+        inputs.library,
+        operation="stitch",
+        note=(STITCH_FILE, inputs.stitch),
+        expression=expression,
+        sources={s.source.backbone.folder: s.source.fingerprint for s in inputs.slices},
     )
     count = sum(s.stop - s.start for s in inputs.slices)
     print(f"{inputs.out}: {count} layers, {expression}")
-    record = entries(inputs.out, inputs.library, card, parents, made=made, same=unchanged)
     record["checks"] |= {
         "tensors equal their sources": {"value": same, "tolerance": None, "passed": same}
     }
-    return {**record, "wandb": wandb.as_record()}
+    return record
