@@ -71,7 +71,8 @@ class ObjectStorage:
         """Seconds since the newest object of a folder was written, 0 where nobody knows."""
         ages = []
         for name in self.fs.find(self._at(path)) or [self._at(path)]:
-            # Some file systems of fsspec keep no times; another writer may delete what was listed.
+            # Some file systems of fsspec keep no times: what has no age is never old enough to be
+            # collected. And another writer may delete what was listed.
             with suppress(NotImplementedError, FileNotFoundError):
                 written = self.fs.modified(name)
                 zone = written if written.tzinfo else written.replace(tzinfo=UTC)
@@ -129,9 +130,12 @@ class ObjectStorage:
         for name in found:
             with suppress(FileNotFoundError):
                 self.fs.rm_file(name)
-        # What is left is an empty folder, on the file systems that have folders: no artifact.
-        with suppress(NotImplementedError, OSError):
-            self.fs.rm(self._at(path), recursive=True)
+        # File systems that have folders keep them, empty. A writer may have put the version there
+        # again meanwhile, so only what is empty goes; the error is that of a folder that is not, or
+        # of a store that has none.
+        for folder in sorted(self.fs.find(self._at(path), withdirs=True), reverse=True):
+            with suppress(OSError):
+                self.fs.rmdir(folder)
 
     def litter(self) -> Iterator[str]:
         """Nothing aside: a half-written folder lies among the artifacts and is found there."""

@@ -57,7 +57,7 @@ class Storage(Protocol):
         """Bytes of a file; FileNotFoundError where there is none."""
 
     def age(self, path: str) -> float:
-        """Seconds since a file, or the newest file of a folder, was written."""
+        """Seconds since a file, or the newest file of a folder, was written; 0 if nobody knows."""
 
     def commit(
         self, folder: str, files: Mapping[str, Content], last: str, announce: Callable[[], None]

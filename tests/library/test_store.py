@@ -327,3 +327,21 @@ def test_storage_promises(tmp_path):
         assert not storage.exists("n/v/a.json")
         with pytest.raises(FileNotFoundError):
             storage.read("n/v/a.json")
+
+
+def test_removing_leaves_what_another_writer_puts_there_meanwhile(tmp_path, monkeypatch):
+    storage = open_storage(f"memory://{tmp_path.name}/s")
+    storage.commit("n/v", {"a.json": b"a", "z.json": b"z"}, "a.json", lambda: None)
+    remove = storage.fs.rm_file
+
+    def rm_file(path):
+        remove(path)
+        if path.endswith("z.json"):  # the last one
+            storage.put("n/v/a.json", b"again")
+
+    monkeypatch.setattr(storage.fs, "rm_file", rm_file)
+    storage.remove("n/v")
+    assert storage.read("n/v/a.json") == b"again" and not storage.exists("n/v/z.json")
+    monkeypatch.undo()
+    storage.remove("n/v")
+    assert not storage.exists("n/v"), "an empty folder goes too"
