@@ -47,6 +47,15 @@ class Mode(ABC):
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         cls.name = cls.__module__.rsplit(".", 1)[-1]
+        joined = frozenset().union(*cls.meets) - cls.side_by_side
+        for ports, method in (({"linear"}, "updates"), ({"output", "input"}, "states")):
+            if ports & joined and getattr(cls, method) is getattr(Mode, method):
+                raise TypeError(
+                    f"{cls.__name__} joins bricks at {sorted(ports & joined)} without {method}()."
+                )
+
+    # A mode has those of the two that its ports ask for, as the class itself is checked for: what
+    # is plugged side by side, and virtual tokens, are never joined, so neither raises in a run.
 
     def updates(self, found: Sequence[Update]) -> Update:
         """One affine update of a linear site from several, in order (port ``linear``)."""

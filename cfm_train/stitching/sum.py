@@ -11,15 +11,12 @@ that does not act on a site contributes nothing there. The order does not matter
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import reduce
 from typing import TYPE_CHECKING
 
 from cfm_train.stitching.mode import Mode
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from cfm_train.stitching.updates import Update
 
 
 class Sum(Mode):
@@ -33,10 +30,6 @@ class Sum(Mode):
         frozenset({"input"}),
     )
     side_by_side = frozenset({"linear", "fixed", "added"})
-
-    def updates(self, found: Sequence[Update]) -> Update:
-        """``Σ bᵢ``."""
-        return reduce(lambda first, second: first.beside(second), found)
 
     def states(self, h: Tensor, maps: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
         """h and every contribution to it."""

@@ -21,7 +21,7 @@ from cfm_train.errors import UserError
 from cfm_train.library.store import Library
 from cfm_train.stitching.cards import check_fold, check_tree, check_trees
 from cfm_train.stitching.fold import fold
-from cfm_train.stitching.mode import mode_of, modes
+from cfm_train.stitching.mode import Mode, mode_of, modes
 from cfm_train.stitching.stitch import stitch_bricks
 from tests.backbones import section, tiny
 
@@ -176,6 +176,14 @@ def test_modes_are_found_by_their_files() -> None:
     assert modes() == ("chain", "pipe", "prompt", "sum")
     with pytest.raises(UserError, match=r"no stitching mode 'chian'\. Did you mean 'chain'"):
         mode_of("chian")
+
+
+@pytest.mark.parametrize(("port", "lacks"), [("linear", "updates"), ("output", "states")])
+def test_a_mode_that_cannot_join_what_it_lets_meet_is_no_class(port: str, lacks: str) -> None:
+    together = frozenset({port})
+    with pytest.raises(TypeError, match=lacks):
+        type("Half", (Mode,), {"meets": (together,)})
+    type("Beside", (Mode,), {"meets": (together,), "side_by_side": together})
 
 
 def test_the_command_refuses_before_torch(tmp_path: Path) -> None:
