@@ -36,335 +36,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-WEIGHTS = [0.5, 0.3, 0.2]
-RULES: dict[str, tuple[str, int]] = {"linear": ("linear", 3), "ties": ("ties/mergekit", 4)}
+from benchmarks import merge_arms  # noqa: E402
+from benchmarks.merge_inputs import (  # noqa: E402
+    RULES,
+    make_adapters,
+    make_models,
+    mergekit_config,
+    overrides_of,
+)
+from benchmarks.merge_values import differences, in_memory  # noqa: E402
+
 #: What the issue asks for: at most so many times the copy; bytes of anonymous memory.
 TARGETS = {"linear": 2.0, "ties": 20.0, "anonymous": 250e6, "adapters": 0.3}
-PIECE = 1 << 22
-
-
-# -- what is merged --------------------------------------------------------------------------------
-
-
-def make_models(folder: Path, layers: int) -> None:
-    """Writes ``base``, ``m1``, ``m2`` and ``m3``."""
-    import torch
-    from safetensors.torch import save_file
-
-    hidden, ffn, words = 1024, 2816, 32000
-    shapes = {"model.embed_tokens.weight": (words, hidden), "lm_head.weight": (words, hidden)}
-    for n in range(layers):
-        at = f"model.layers.{n}"
-        shapes |= {f"{at}.self_attn.{p}_proj.weight": (hidden, hidden) for p in "qkvo"}
-        shapes |= {f"{at}.mlp.{p}_proj.weight": (ffn, hidden) for p in ("gate", "up")}
-        shapes[f"{at}.mlp.down_proj.weight"] = (hidden, ffn)
-        shapes |= {f"{at}.{p}_layernorm.weight": (hidden,) for p in ("input", "post_attention")}
-    shapes["model.norm.weight"] = (hidden,)
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
-        "intermediate_size": ffn, "num_hidden_layers": layers, "num_attention_heads": 16,
-        "num_key_value_heads": 16, "vocab_size": words, "tie_word_embeddings": False,
-        "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "hidden_act": "silu",
-        "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
-    vocabulary = {f"w{i}": i for i in range(words)}
-    tokenizer = {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
-        "normalizer": None, "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None,
-        "decoder": None, "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "w0"},
-    }  # fmt: skip
-    for number, name in enumerate(("base", "m1", "m2", "m3")):
-        path = folder / name
-        path.mkdir(parents=True)
-        tensors = {}
-        for place, (key, shape) in enumerate(shapes.items()):
-            drawn = torch.randn(shape, generator=torch.Generator().manual_seed(place))
-            drawn = drawn * 0.02 if len(shape) > 1 else 1 + drawn * 0.02
-            if number:
-                seed = 1000 * number + place
-                noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-                drawn = drawn + 0.004 * noise
-            tensors[key] = drawn.bfloat16()
-        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-        (path / "config.json").write_text(json.dumps(config))
-        (path / "tokenizer.json").write_text(json.dumps(tokenizer))
-        (path / "tokenizer_config.json").write_text(
-            json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})
-        )
-
-
-def make_adapters(folder: Path, layers: int, rank: int = 16) -> None:
-    """Writes the PEFT adapters ``a1``, ``a2`` and ``a3``."""
-    import torch
-    from safetensors.torch import save_file
-
-    hidden, ffn = 1024, 2816
-    for number in (1, 2, 3):
-        draw = torch.Generator().manual_seed(number)
-        tensors = {}
-        for n in range(layers):
-            shapes = {f"self_attn.{p}_proj": (hidden, hidden) for p in "qkvo"}
-            shapes |= {f"mlp.{p}_proj": (ffn, hidden) for p in ("gate", "up")}
-            shapes["mlp.down_proj"] = (hidden, ffn)
-            for module, (out, inn) in shapes.items():
-                stem = f"base_model.model.model.layers.{n}.{module}"
-                tensors[f"{stem}.lora_A.weight"] = torch.randn(rank, inn, generator=draw) * 0.02
-                tensors[f"{stem}.lora_B.weight"] = torch.randn(out, rank, generator=draw) * 0.02
-        path = folder / f"a{number}"
-        path.mkdir(parents=True)
-        save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
-        names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-        config = {
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank,
-            "lora_dropout": 0.0, "target_modules": names, "bias": "none", "inference_mode": True,
-        }  # fmt: skip
-        (path / "adapter_config.json").write_text(json.dumps(config))
-
-
-# -- arms ------------------------------------------------------------------------------------------
-
-
-def copy(models: list[Path], out: Path) -> dict[str, float]:
-    """Reads all models, writes the last one's bytes, flushed and renamed as a merge is."""
-    from cfm_train.backbone.folders import written_aside
-
-    began = time.perf_counter()
-    with written_aside(out) as folder:
-        buffer = memoryview(bytearray(PIECE))
-        for number, model in enumerate(models):
-            last = number == len(models) - 1
-            with (model / "model.safetensors").open("rb", buffering=0) as source:
-                if not last:
-                    while source.readinto(buffer):
-                        pass
-                    continue
-                with (folder / "model.safetensors").open("wb", buffering=0) as target:
-                    while count := source.readinto(buffer):
-                        target.write(buffer[:count])
-    return {"seconds": time.perf_counter() - began}
-
-
-def ours(folder: Path, rule: str, out: Path, threads: int) -> dict[str, float]:
-    """The merge alone."""
-    import torch  # noqa: F401 (its import is no part of the merge)
-
-    from cfm_train.launch.job import prepare
-    from cfm_train.operations import merge_models as operation
-
-    option, _ = RULES[rule]
-    overrides = _overrides(folder, rule, option, out, threads)
-    job = prepare(overrides)  # hashes the inputs, as the run does; known afterwards
-    from cfm_train.merging.models import merge as engine
-
-    began = time.perf_counter()
-    inputs = job.inputs
-    engine.merge_models(
-        operation.task_of(inputs),
-        inputs.out,
-        companion=inputs.companion.backbone.folder,
-        texts={"config.json": operation.new_config(job.config, inputs)},
-        shard_bytes=job.config["shard_bytes"],
-        threads=threads,
-    )
-    return {"seconds": time.perf_counter() - began}
-
-
-def _overrides(folder: Path, rule: str, option: str, out: Path, threads: int) -> list[str]:
-    models = ",".join(str(folder / name) for name in ("m1", "m2", "m3"))
-    base = [f"base={folder / 'base'}"] if rule == "ties" else []
-    given = ",".join(map(str, WEIGHTS))
-    return [
-        "recipe=merge/models", f"models=[{models}]", f"out={out}", f"rule={option}",
-        f"weights=[{given}]", f"threads={threads}", f"outputs={folder / 'outputs'}",
-        f"library={folder / 'library'}", "tracking=disabled", *base,
-    ]  # fmt: skip
-
-
-def mergekit_config(folder: Path, rule: str) -> Path:
-    """The same merge as a file for mergekit-yaml."""
-    lines = ["merge_method: " + rule, "dtype: bfloat16"]
-    if rule == "ties":
-        lines += [f"base_model: {folder / 'base'}", "parameters:", "  normalize: true"]
-    lines.append("models:")
-    for name, weight in zip(("m1", "m2", "m3"), WEIGHTS, strict=True):
-        lines += [f"  - model: {folder / name}", "    parameters:", f"      weight: {weight}"]
-        lines += ["      density: 0.2"] if rule == "ties" else []
-    path = folder / f"{rule}.yml"
-    path.write_text("\n".join(lines) + "\n")
-    return path
-
-
-def measured(command: list[str]) -> dict[str, Any]:
-    """Runs a command; its wall and CPU seconds, its peak of anonymous memory, its last line."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    before = os.times()
-    began = time.perf_counter()
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
-    )
-    peak = 0
-    while process.poll() is None:
-        try:
-            status = Path(f"/proc/{process.pid}/status").read_text()
-        except OSError:
-            break
-        for line in status.splitlines():
-            if line.startswith("RssAnon:"):
-                peak = max(peak, int(line.split()[1]) * 1024)
-        time.sleep(0.01)
-    printed = process.communicate()[0].strip().splitlines()
-    wall, after = time.perf_counter() - began, os.times()
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}: run it by hand.")
-    cpu = after.children_user + after.children_system
-    cpu -= before.children_user + before.children_system
-    return {"wall": wall, "cpu": cpu, "anonymous": peak, "line": printed[-1] if printed else ""}
-
-
-def arm(name: str, folder: Path, out: Path, *more: str) -> dict[str, Any]:
-    """An arm of ours in a process of its own."""
-    shutil.rmtree(out, ignore_errors=True)
-    found = measured([sys.executable, __file__, "--arm", name, str(folder), str(out), *more])
-    return {**found, **json.loads(found["line"])}
-
-
-def differences(ours: Path, theirs: Path) -> dict[str, float]:
-    """How two merged models differ: share of bfloat16 outputs, and relative norm."""
-    import torch
-    from safetensors import safe_open
-
-    count = different = 0
-    square = whole = 0.0
-    with (
-        safe_open(ours / "model.safetensors", "pt") as a,
-        safe_open(next(theirs.glob("*.safetensors")), "pt") as b,
-    ):
-        for name in a.keys():  # noqa: SIM118 (an open file is no mapping)
-            x, y = a.get_tensor(name), b.get_tensor(name)
-            count += x.numel()
-            different += int((x != y).sum())
-            square += float((x.float() - y.float()).square().sum(dtype=torch.float64))
-            whole += float(y.float().square().sum(dtype=torch.float64))
-    return {"outputs": different / count, "norm": (square / whole) ** 0.5}
-
-
-def in_memory(folder: Path) -> dict[str, float]:
-    """TIES against mergekit's function in float32, on two matrices.
-
-    Returns:
-        Share of bfloat16 outputs that differ from ours; share of those at which no model's update
-        is as large as its threshold, where both must agree; share that mergekit-yaml's own differ.
-    """
-    import torch
-    from mergekit.merge_methods.api import merge_tensors
-    from safetensors import safe_open
-
-    def read(model: Path, name: str) -> Any:
-        with safe_open(next(model.glob("*.safetensors")), "pt") as opened:
-            return opened.get_tensor(name)
-
-    ids = ["base", "m1", "m2", "m3"]
-    count = different = elsewhere = theirs_different = 0
-    for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"):
-        used = [read(folder / model, name).float() for model in ids]
-        theirs = merge_tensors(
-            [one.clone() for one in used],
-            "ties",
-            parameters={
-                "weight": dict(zip(ids[1:], WEIGHTS, strict=True)),
-                "density": 0.2,
-                "normalize": True,
-            },
-            ids=ids,
-            base_index=0,
-        ).bfloat16()
-        at_threshold = torch.zeros(theirs.shape, dtype=torch.bool)
-        for one in used[1:]:
-            update = (one - used[0]).abs()
-            at_threshold |= update == update.flatten().topk(int(0.2 * update.numel())).values[-1]
-        apart = read(folder / "ours-ties", name) != theirs
-        count += theirs.numel()
-        different += int(apart.sum())
-        elsewhere += int((apart & ~at_threshold).sum())
-        theirs_different += int((read(folder / "mergekit-ties", name) != theirs).sum())
-    return {
-        "outputs unlike float32 mergekit": different / count,
-        "of them not at a threshold": elsewhere / count,
-        "mergekit-yaml unlike float32 mergekit": theirs_different / count,
-    }
-
-
-# -- adapters --------------------------------------------------------------------------------------
-
-
-def adapters(folder: Path, out: Path) -> dict[str, float]:
-    """The merge of three adapters: of what is in memory, and from files to files."""
-    from cfm_train.bricks.lora import LoRA
-    from cfm_train.merging import engine
-    from cfm_train.merging.files.adapters import CONFIG_FILE, TENSOR_FILE, open_adapters
-    from cfm_train.merging.files.merge import merge_adapters, parameters_of
-    from cfm_train.merging.mix import make_mix
-
-    paths = [folder / name for name in ("a1", "a2", "a3")]
-    given = {"space": "delta", "rank": 16}
-    frame: Any = open_adapters(paths).frame
-    bricks = [
-        LoRA.restore(
-            {}, {name: (p / name).read_bytes() for name in (CONFIG_FILE, TENSOR_FILE)}, frame
-        )
-        for p in paths
-    ]
-    mix = make_mix(parameters_of("linear", given))
-    seconds = []
-    for _ in range(6):
-        began = time.perf_counter()
-        engine.merge(bricks, WEIGHTS, mix, frame)
-        seconds.append(time.perf_counter() - began)
-    began = time.perf_counter()
-    merge_adapters(open_adapters(paths), WEIGHTS, "linear", given).write(out)
-    files = time.perf_counter() - began
-    return {"seconds": statistics.median(seconds[1:]), "files": files}
-
-
-def peft(folder: Path) -> dict[str, float]:
-    """The same by PEFT's svd, and how far the two results are apart."""
-    import torch
-    from peft import PeftModel
-    from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(folder / "m1", dtype=torch.float32)
-    model = PeftModel.from_pretrained(model, folder / "a1", adapter_name="a1")
-    for name in ("a2", "a3"):
-        model.load_adapter(folder / name, adapter_name=name)
-    began = time.perf_counter()
-    model.add_weighted_adapter(
-        ["a1", "a2", "a3"], WEIGHTS, "both", "svd", svd_rank=16, svd_full_matrices=False
-    )
-    seconds = time.perf_counter() - began
-    ours = load_file(folder / "adapter" / "adapter_model.safetensors")
-    worst = 0.0
-    for name, module in model.named_modules():
-        if hasattr(module, "lora_A") and "both" in module.lora_A:
-            theirs = module.get_delta_weight("both")
-            found = ours[f"{name}.lora_B.weight"] @ ours[f"{name}.lora_A.weight"]
-            worst = max(worst, ((found - theirs).norm() / theirs.norm()).item())
-    return {"seconds": seconds, "apart": worst}
-
-
-# -- the table -------------------------------------------------------------------------------------
-
-
-def middle(found: list[dict[str, Any]], key: str) -> float:
-    """The median of a figure."""
-    return statistics.median(one[key] for one in found)
 
 
 def main() -> int:
@@ -383,7 +72,7 @@ def main() -> int:
     parser.add_argument("--arm", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.arm:
-        print(json.dumps(_arm(*options.arm)))
+        print(json.dumps(merge_arms.arm(*options.arm)))
         return 0
     with tempfile.TemporaryDirectory(prefix="cfm-merge-") as temporary:
         folder = options.folder or Path(temporary)
@@ -392,17 +81,6 @@ def main() -> int:
     if options.out:
         options.out.write_text(json.dumps(found, indent=2) + "\n")
     return 0 if all(found["passed"].values()) else 1
-
-
-def _arm(name: str, folder: str, out: str, *more: str) -> dict[str, float]:
-    where, target = Path(folder), Path(out)
-    arms: dict[str, Callable[[], dict[str, float]]] = {
-        "copy": lambda: copy([where / model for model in more], target),
-        "ours": lambda: ours(where, more[0], target, int(more[1])),
-        "adapters": lambda: adapters(where, target),
-        "peft": lambda: peft(where),
-    }
-    return arms[name]()
 
 
 def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -439,11 +117,45 @@ def run(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             whole = folder / "run"
             shutil.rmtree(whole, ignore_errors=True)
             shutil.rmtree(folder / "outputs", ignore_errors=True)
-            overrides = _overrides(folder, rule, RULES[rule][0], whole, options.threads)
+            overrides = overrides_of(folder, rule, whole, options.threads)
             keep(f"run/{rule}", measured([sys.executable, "-m", "cfm_train", *overrides]))
     if not options.no_peft and not options.no_adapters:
         keep("peft", arm("peft", folder, folder / "adapter-peft"))
     return summary(folder, figures, options)
+
+
+def measured(command: list[str]) -> dict[str, Any]:
+    """Runs a command; its wall and CPU seconds, its peak of anonymous memory, its last line."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    before = os.times()
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    )
+    peak = 0
+    while process.poll() is None:
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+        except OSError:
+            break
+        for line in status.splitlines():
+            if line.startswith("RssAnon:"):
+                peak = max(peak, int(line.split()[1]) * 1024)
+        time.sleep(0.01)
+    printed = process.communicate()[0].strip().splitlines()
+    wall, after = time.perf_counter() - began, os.times()
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}: run it by hand.")
+    cpu = after.children_user + after.children_system
+    cpu -= before.children_user + before.children_system
+    return {"wall": wall, "cpu": cpu, "anonymous": peak, "line": printed[-1] if printed else ""}
+
+
+def arm(name: str, folder: Path, out: Path, *more: str) -> dict[str, Any]:
+    """An arm of ours in a process of its own."""
+    shutil.rmtree(out, ignore_errors=True)
+    found = measured([sys.executable, __file__, "--arm", name, str(folder), str(out), *more])
+    return {**found, **json.loads(found["line"])}
 
 
 def summary(
@@ -491,6 +203,11 @@ def summary(
         "threads": options.threads,
         "figures": figures,
     }
+
+
+def middle(found: list[dict[str, Any]], key: str) -> float:
+    """The median of a figure."""
+    return statistics.median(one[key] for one in found)
 
 
 def show(found: dict[str, Any]) -> None:
