@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,96 +12,28 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 
 from cfm_train.backbone.spec import resolve
 from cfm_train.backbone.tensors import content_of, placed_tensors
 from cfm_train.launch.cli import main
 from cfm_train.launch.job import prepare
 from cfm_train.library.store import Library
-from cfm_train.merging.models import files, streaming
 from cfm_train.paths import ROOT
 from tests.backbones import batch, folder, tiny
 from tests.merging.merges import mix, relative
+from tests.merging.whole_models import (
+    HEAD,
+    Tensors,
+    arguments,
+    configure,
+    drawn,
+    merge,
+    tensors_of,
+    write,
+)
 
-Tensors = dict[str, Tensor]
 WEIGHTS = [0.5, 0.3, 0.2]
-
-
-def write(path: Path, tensors: Tensors, family: str = "llama", shards: int = 1) -> Path:
-    """A model folder with these tensors, and the config and tokenizer of a tiny one."""
-    path.mkdir()
-    for file in folder(family).iterdir():
-        if file.suffix == ".json":
-            shutil.copy(file, path / file.name)
-    names = sorted(tensors, reverse=shards > 1)
-    if shards == 1:
-        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-        return path
-    weight_map = {}
-    for number in range(shards):
-        file_name = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
-        part = {name: tensors[name] for name in names[number::shards]}
-        save_file(part, path / file_name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(part, file_name)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    return path
-
-
-def drawn(number: int, dtype: torch.dtype = torch.bfloat16, family: str = "llama") -> Tensors:
-    """The tensors of model ``number``; 0 is the base."""
-    generator = torch.Generator().manual_seed(5)
-    found = {}
-    for name, value in sorted(load_file(folder(family) / "model.safetensors").items()):
-        for _ in range(number + 1):
-            noise = torch.randn(value.shape, generator=generator)
-        generator.manual_seed(generator.initial_seed() + 1)
-        found[name] = (value + (0.05 * noise if number else 0)).to(dtype)
-    return found
-
-
-@pytest.fixture
-def models(tmp_path: Path) -> list[Path]:
-    """A base and three models made from it, bfloat16."""
-    return [write(tmp_path / f"m{number}", drawn(number)) for number in range(4)]
-
-
-@pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks and pieces so small that every tensor has many, and no size divides another."""
-    monkeypatch.setattr(files, "CHUNK", 100)
-    monkeypatch.setattr(streaming, "CHUNK", 100)
-    monkeypatch.setattr(streaming, "PIECE", 300)
-
-
-def arguments(where: Path, inputs: Sequence[Path], base: Path | None, *more: str) -> list[str]:
-    return [
-        "recipe=merge/models",
-        f"models=[{','.join(map(str, inputs))}]",
-        *([] if base is None else [f"base={base}"]),
-        f"out={where / 'out'}",
-        f"outputs={where / 'outputs'}",
-        f"library={where / 'library'}",
-        "tracking=disabled",
-        *more,
-    ]
-
-
-def merge(where: Path, inputs: Sequence[Path], base: Path | None, *more: str) -> Tensors:
-    """Runs the recipe in a folder of its own and returns the new tensors."""
-    where.mkdir(parents=True, exist_ok=True)
-    record = prepare(arguments(where, inputs, base, *more)).start()
-    assert all(check["passed"] for check in record["checks"].values())
-    return tensors_of(where / "out")
-
-
-def tensors_of(path: Path) -> Tensors:
-    found: Tensors = {}
-    for file in sorted(path.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
 
 
 def plain(
@@ -359,146 +289,6 @@ def test_the_library_knows_where_it_comes_from(models: list[Path], tmp_path: Pat
     assert [one["backbone"] for one in note["models"]] == ["out", "m1"]
 
 
-# -- what is refused -------------------------------------------------------------------------------
-
-
-def _config(path: Path, **changes: Any) -> None:
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**config, **changes}))
-
-
-def _other(where: Path, tensors: Tensors, **changes: Any) -> Path:
-    path = write(where / "other", tensors)
-    _config(path, **changes)
-    return path
-
-
-def _tokenizer(where: Path) -> Path:
-    path = write(where / "other", drawn(2))
-    text = (path / "tokenizer.json").read_text().replace('"w9"', '"v9"')
-    (path / "tokenizer.json").write_text(text)
-    return path
-
-
-def _without(name: str) -> Tensors:
-    return {key: value for key, value in drawn(2).items() if key != name}
-
-
-def _nan() -> Tensors:
-    tensors = drawn(2)
-    tensors["model.norm.weight"][3] = float("nan")
-    return tensors
-
-
-HEAD = "lm_head.weight"
-REFUSED: dict[str, tuple[Any, list[str], list[str]]] = {
-    "config": (lambda w: _other(w, drawn(2), rms_norm_eps=0.1), [], ["rms_norm_eps", "0.1"]),
-    "vocabulary": (lambda w: _other(w, drawn(2), vocab_size=65), [], ["vocab_size"]),
-    "architecture": (lambda w: _other(w, drawn(2), model_type="mistral"), [], ["mistral"]),
-    "quantised": (
-        lambda w: _other(w, drawn(2), quantization_config={"bits": 4}),
-        [],
-        ["quantised"],
-    ),
-    "tokenizer": (_tokenizer, [], ["different tokenizers"]),
-    "missing tensor": (lambda w: _other(w, _without(HEAD)), [], [HEAD, "has not"]),
-    "extra tensor": (lambda w: _other(w, {**drawn(2), "extra": torch.ones(2)}), [], ["'extra'"]),
-    "tied": (
-        lambda w: _other(w, _without(HEAD), tie_word_embeddings=True),
-        [],
-        ["tie_word_embeddings"],
-    ),
-    "shape": (
-        lambda w: _other(w, {**drawn(2), "model.norm.weight": torch.ones(31).bfloat16()}),
-        [],
-        ["model.norm.weight", "[31]"],
-    ),
-    "dtype": (lambda w: _other(w, drawn(2, torch.float32)), [], ["merge.dtype="]),
-    "NaN": (lambda w: _other(w, _nan()), [], ["model.norm.weight", "NaN", "other"]),
-    "too large": (
-        lambda w: write(w / "other", drawn(2)),
-        ["merge.dtype=float16", "weights=[1e6,1e6]"],
-        ["too large for float16"],
-    ),
-    "whole numbers": (
-        lambda w: _other(w, {**drawn(2), HEAD: torch.ones(64, 32, dtype=torch.int64)}),
-        [],
-        [HEAD],
-    ),
-    "no base": (lambda w: write(w / "other", drawn(2)), ["rule=ties"], ["base=DIR"]),
-    "no base to scale": (lambda w: write(w / "other", drawn(2)), ["merge.scale=2"], ["base=DIR"]),
-    "statistics": (lambda w: write(w / "other", drawn(2)), ["rule=fisher"], ["fisher"]),
-    "space": (
-        lambda w: write(w / "other", drawn(2)),
-        ["rule=ties/knots", "base=BASE"],
-        ["merge.space=knots"],
-    ),
-    "rank": (lambda w: write(w / "other", drawn(2)), ["merge.rank=4"], ["merge.rank"]),
-    "weights": (lambda w: write(w / "other", drawn(2)), ["weights=[1]"], ["weights", "2"]),
-    "filter": (
-        lambda w: write(w / "other", drawn(2)),
-        ["merge.filters=[[attn.q,1,0]]"],
-        ["attn.q"],
-    ),
-    "scope": (
-        lambda w: write(w / "other", drawn(2)),
-        ["rule=tsv", "merge.scope=layer", "base=BASE"],
-        ["merge.scope=tensor"],
-    ),
-    "unknown key": (lambda w: write(w / "other", drawn(2)), ["merge.density=1"], ["density"]),
-    "no such model": (lambda w: w / "nowhere", [], ["nowhere"]),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_one_sentence_and_nothing_on_disk(
-    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    make, more, named = REFUSED[case]
-    base = write(tmp_path / "base", drawn(0))
-    first = write(tmp_path / "first", drawn(1))
-    other = make(tmp_path)
-    before = snapshot(tmp_path)
-    more = [one.replace("BASE", str(base)) for one in more]
-    capsys.readouterr()
-    assert main(arguments(tmp_path, [first, other], None, *more)) == 2
-    error = capsys.readouterr().err
-    sentences = [line for line in error.splitlines() if line.startswith("error: ")]
-    assert len(sentences) == 1 and "Traceback" not in error
-    for part in named:
-        assert part in sentences[0]
-    assert snapshot(tmp_path) == before
-
-
-def snapshot(path: Path) -> dict[str, str]:
-    return {
-        str(one.relative_to(path)): hashlib.sha256(one.read_bytes()).hexdigest()
-        for one in sorted(path.rglob("*"))
-        if one.is_file()
-    }
-
-
-def test_out_that_holds_something_and_a_full_disk(
-    models: list[Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine.txt").write_text("kept")
-    assert main(arguments(tmp_path, models[1:], None)) == 2
-    assert "is there already" in capsys.readouterr().err
-    (tmp_path / "out" / "mine.txt").unlink()
-    assert main([*arguments(tmp_path, models[1:], None), "dry_run=true"]) == 0
-    assert not any((tmp_path / "out").iterdir()) and not (tmp_path / "library").exists()
-    real = shutil.disk_usage
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=67_110_000))
-    assert main(arguments(tmp_path, models[1:], None, "name=full")) == 2
-    assert "MB free" in capsys.readouterr().err
-    monkeypatch.setattr(shutil, "disk_usage", real)
-    assert main(arguments(tmp_path, models[1:], None)) == 0
-
-
 def test_embeddings_that_are_written_out_twice(tmp_path: Path) -> None:
     """They are tied, so they are merged once, whatever the weights over depth."""
     paths = []
@@ -506,26 +296,10 @@ def test_embeddings_that_are_written_out_twice(tmp_path: Path) -> None:
         tensors = drawn(number)
         tensors[HEAD] = tensors["model.embed_tokens.weight"].clone()
         paths.append(write(tmp_path / f"t{number}", tensors))
-        _config(paths[-1], tie_word_embeddings=True)
+        configure(paths[-1], tie_word_embeddings=True)
     found = merge(tmp_path / "x", paths, None, "weights=[[0,1],[1,0]]")
     assert torch.equal(found[HEAD], found["model.embed_tokens.weight"])
     tensors = tensors_of(paths[0])
     tensors[HEAD] += 1
     save_file(tensors, paths[0] / "model.safetensors", metadata={"format": "pt"})
     assert main(arguments(tmp_path / "y", paths, None)) == 2
-
-
-def test_a_merge_that_needs_more_memory_than_there_is(
-    models: list[Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    from cfm_train.merging.models import whole
-
-    monkeypatch.setattr(whole, "free_memory", lambda: 10_000)
-    base, *inputs = models
-    more = ["rule=tsv", "dry_run=true"]
-    assert main(arguments(tmp_path, inputs, base, *more)) == 2
-    assert "GB of memory" in capsys.readouterr().err
-    assert main(arguments(tmp_path, inputs, base, "rule=ties", "dry_run=true")) == 0
