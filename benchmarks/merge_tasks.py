@@ -38,7 +38,7 @@ SEARCH = {
     "steps": 50, "every": 10, "batch": 8, "learning_rate": 0.02,
 }  # fmt: skip
 
-#: Rule option -> values of each parameter that is tuned. All get the same kind of budget.
+#: Rule option -> values of each parameter that is tuned. The baseline has the finest grid.
 GRIDS: dict[str, dict[str, list[Any]]] = {
     "linear": {},
     "task_arithmetic": {"scale": SCALES},

@@ -131,15 +131,12 @@ class BrickModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW over the brick's parameters, with the schedule applied each step."""
         options = self.optimisation
-        heads = [p for p in self.brick.heads.parameters() if p.requires_grad]
-        of_heads = set(map(id, heads))
-        body = [p for p in self.brick.parameters() if p.requires_grad and id(p) not in of_heads]
+        named = [(n, p) for n, p in self.brick.named_parameters() if p.requires_grad]
+        body = [p for name, p in named if not name.startswith("heads.")]
+        heads = [p for name, p in named if name.startswith("heads.")]
         # Where heads are all there is, they are the brick, and its rate is theirs.
         rate = options.head_learning_rate if body else options.learning_rate
-        groups = [
-            {"params": body, "lr": options.learning_rate},
-            {"params": heads, "lr": rate},
-        ]
+        groups = [{"params": body, "lr": options.learning_rate}, {"params": heads, "lr": rate}]
         optimizer = torch.optim.AdamW(
             [group for group in groups if group["params"]], weight_decay=options.weight_decay
         )
