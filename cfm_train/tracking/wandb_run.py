@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from cfm_train.tracking.atomic import replace_file
 from cfm_train.tracking.metrics_file import MetricsFile
-from cfm_train.tracking.wandb_setting import Mode, inside, resolve_mode, settings
+from cfm_train.tracking.wandb_setting import Mode, inside, leave_service, resolve_mode, settings
 
 _LOG = logging.getLogger(__name__)
 
@@ -191,6 +191,8 @@ class WandbRun:
 
     def _start(self, job_type: str, tags: Sequence[str], config: Mapping[str, Any]) -> Any:
         import wandb
+
+        leave_service()
 
         def init(mode: Mode) -> Any:
             return wandb.init(

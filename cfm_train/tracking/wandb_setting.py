@@ -60,6 +60,17 @@ def settings() -> Any:
     )
 
 
+def leave_service() -> None:
+    """Forgets a W&B service that was inherited from the process that started this one.
+
+    A service outlives the processes that it serves: it would still hold the run of one that was
+    killed, and refuse its id to the process that takes the run up again. A service of this
+    process's own carries its number (``<version>-<pid>-…``) and is kept.
+    """
+    if f"-{os.getpid()}-" not in os.environ.get("WANDB_SERVICE", ""):
+        os.environ.pop("WANDB_SERVICE", None)
+
+
 @contextmanager
 def inside(folder: Path) -> Iterator[None]:
     """Points all that W&B writes into ``<folder>/wandb``, and keeps it silent, for one call."""

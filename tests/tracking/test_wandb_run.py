@@ -163,6 +163,32 @@ def test_rows_lost_in_a_sigkill_are_replayed_and_none_comes_twice(folder: Path, 
 
 
 @pytest.mark.slow
+def test_a_killed_run_is_taken_up_by_the_process_that_started_it(folder: Path, home: Path) -> None:
+    """A notebook or a sweep with a W&B run of its own: its service outlives the run it started."""
+    parent = """
+        import os, subprocess, sys
+        from pathlib import Path
+        from cfm_train.tracking.wandb_run import WandbRun
+
+        loop, folder = sys.argv[1:]
+        own = Path(folder).with_name("own")
+        own.mkdir()
+        run = WandbRun("offline", "p", "g", "train", [], {}, own)
+        assert os.environ["WANDB_SERVICE"]
+        for checkpoint, kill_at in ("0", "57"), ("40", "0"):
+            command = [sys.executable, "-c", loop, folder, checkpoint, "100", kill_at]
+            print(subprocess.run(command).returncode)
+        run.log(1, {"train/loss": 1.0})
+        run.finish(0)
+        assert run.error is None
+    """
+    done = python(parent, textwrap.dedent(LOOP), folder, home=home)
+    assert done.stdout.split() == ["-9", "0"] and "W&B could not" not in done.stderr
+    assert history(inspect(folder)) == in_metrics_file(folder)
+    assert history(inspect(folder.with_name("own"))) == Counter({(1, "train/loss", 1.0): 1})
+
+
+@pytest.mark.slow
 def test_steps_run_again_after_they_reached_wandb_are_not_logged_twice(
     folder: Path, home: Path
 ) -> None:
