@@ -6,80 +6,38 @@ For each seed: a LoRA brick for every task, one multi-task brick (the ceiling), 
 floor), Gram and Fisher statistics. Each rule merges the same bricks; its hyper-parameters are
 chosen by the mean accuracy on ``--validation`` rows of each task, then it is scored once on
 test rows, with each task's own head. ``weights by gradient`` is task arithmetic with a weight for
-each brick and layer, found on the same validation rows from the tuned scale. What is done already
-is taken from ``--work``: a run that was broken off goes on.
+each brick and layer, found on the same validation rows from the tuned scale; ``… refitted`` is the
+same merge with heads trained anew on it, from each task's training rows. What is done already is
+taken from ``--work``: a run that was broken off goes on.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import statistics
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.merge_rules import (
+    BASELINE,
+    GRADIENT,
+    REFITTED,
+    RULES,
+    SEARCH,
+    candidates,
+    option_of,
+)
 from benchmarks.merge_table import as_markdown, summary
 
-BASELINE = "task_arithmetic"
-SCALES = [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0]
-FEW = [0.1, 0.3]
-TIES = {"density": [0.2], "scale": [0.3, 1.0, 2.0]}
-
-#: The row that is searched by gradient instead of over a grid, and its steps.
-GRADIENT = "weights by gradient"
-SEARCH = {
-    "kind": "gradient", "objective": "loss", "rows": None, "by": "layer",
-    "steps": 50, "every": 10, "batch": 8, "learning_rate": 0.02,
-}  # fmt: skip
-
-#: Rule option -> values of each parameter that is tuned. The baseline has the finest grid.
-GRIDS: dict[str, dict[str, list[Any]]] = {
-    "linear": {},
-    "task_arithmetic": {"scale": SCALES},
-    "regmean": {"alpha": [0.5, 0.9, 1.0]},
-    "tsv": {"scale": [0.3, 0.6, 1.0]},
-    "iso_c": {"scale": [0.3, 0.6, 1.0]},
-    "wudi": {"scale": [0.3, 0.6, 1.0]},
-    "ties/paper": TIES,
-    "iso_cts": {"scale": [0.3, 0.6, 1.0]},
-    "fisher": {"scale": [0.5, 1.0, 2.0]},
-    "ties/knots": TIES,
-    "karcher": {"scale": [1.0, 3.0]},
-    "ties/mergekit": TIES,
-    "ties/paper in core space": TIES,
-    "task_arithmetic + dare": {"density": [0.5], "scale": FEW},
-    "task_arithmetic + della": {"density": [0.5], "scale": FEW},
-    "task_arithmetic + breadcrumbs": {"density": [0.85], "scale": FEW},
-    "task_arithmetic + tall": {"threshold": [0.2, 0.4], "agree": [2], "scale": [0.5]},
-    "magmax": {"scale": [0.3, 0.6]},
-    "sce": {"scale": [0.5, 1.0, 2.0]},
-    "model_stock": {},
-    "multislerp": {"scale": [1.0, 3.0]},
-}
-
-#: Every row of the table, the baseline first: the gradient starts from its scale.
-RULES = [BASELINE, GRADIENT, *(rule for rule in GRIDS if rule != BASELINE)]
-
-
-def option_of(rule: str) -> tuple[str, dict[str, Any]]:
-    """A line of the table as an option of ``conf/rule`` and what it changes."""
-    if rule.endswith(" in core space"):
-        return rule.removesuffix(" in core space"), {"space": "core"}
-    name, _, sparsify = rule.partition(" + ")
-    return name, {"sparsify": sparsify} if sparsify else {}
-
-
-def candidates(rule: str) -> Iterator[dict[str, Any]]:
-    """Every point of a rule's grid."""
-    grid = GRIDS[rule]
-    for values in itertools.product(*grid.values()):
-        yield dict(zip(grid, values, strict=True))
+#: All of a layer's linear maps: what a brick learns there is what merging has to keep.
+SITES = ["attn.q", "attn.k", "attn.v", "attn.o", "ffn.up", "ffn.down"]
 
 
 class Bench:
@@ -175,6 +133,7 @@ class Bench:
             f"data.max_length={options.max_length}",
             "brick=lora",
             f"brick.rank={options.rank}",
+            f"brick.sites=[{','.join(options.sites)}]",
             f"brick.learning_rate={options.rate}",
             f"trainer.epochs={options.epochs}",
             f"trainer.tokens_per_batch={options.tokens}",
@@ -193,7 +152,7 @@ class Bench:
         from cfm_train.evaluation.evaluator import predict
 
         found = {}
-        with self.backbone.slots.plugged(plugged):
+        with folded(self.backbone, plugged):
             for task in self.tasks:
                 spec, rows = self.data[task].spec, self.rows[split][task]
                 answers = predict(self.backbone, heads[task], spec, rows)
@@ -205,23 +164,41 @@ class Bench:
 
     def bounds(self) -> dict[str, dict[str, float]]:
         """Each task's own brick, the multi-task brick, and heads alone, on test rows."""
-        from cfm_train.evaluation.floor import train_head
-
         own: dict[str, float] = {}
         for task, brick in self.bricks.items():
             everything, self.tasks = self.tasks, [task]
             own |= self.accuracies([brick], "test", {task: brick.head_for(task)})
             self.tasks = everything
-        settings = self.selection.cards[next(iter(self.selection.cards))].recipe["trainer"]
-        alone = {
-            task: train_head(self.backbone, self.data[task], settings, seed=self.seed)
-            for task in self.tasks
-        }
         heads = {task: self.ceiling.head_for(task) for task in self.tasks}
         return {
             "own": own,
             "multitask": self.accuracies([self.ceiling], "test", heads),
-            "head alone": self.accuracies([], "test", alone),
+            "head alone": self.accuracies([], "test", self.new_heads([])),
+        }
+
+    def new_heads(self, bricks: Sequence[Any]) -> dict[str, Any]:
+        """A head for each task, trained on the bare backbone or on what is folded into it."""
+        from cfm_train.evaluation.floor import train_head
+
+        settings = self.selection.cards[next(iter(self.selection.cards))].recipe["trainer"]
+        with folded(self.backbone, bricks):
+            return {
+                task: train_head(self.backbone, self.data[task], settings, seed=self.seed)
+                for task in self.tasks
+            }
+
+    def row(self, rule: str, known: Mapping[str, Any]) -> dict[str, Any]:
+        """A row of the table; ``known`` are those above it."""
+        if rule == GRADIENT:
+            return self.by_gradient(known[BASELINE]["parameters"]["scale"])
+        if not rule.endswith(REFITTED):
+            return self.best(rule)
+        of = known[rule.removesuffix(REFITTED)]
+        weights = of.get("weights")
+        merged = self.merged(BASELINE, {"scale": 1.0} if weights else of["parameters"], weights)
+        return {
+            "parameters": of["parameters"],
+            "test": self.accuracies([merged], "test", self.new_heads([merged])),
         }
 
     def best(self, rule: str) -> dict[str, Any]:
@@ -247,8 +224,6 @@ class Bench:
             scale: task arithmetic's, tuned on the same rows: every weight starts there.
         """
         from cfm_train.config.merging import complete
-        from cfm_train.merging.engine import merge
-        from cfm_train.merging.mix import make_mix
         from cfm_train.operations.bench import Bench as Trials
         from cfm_train.operations.found import find
         from cfm_train.operations.sought import Sought
@@ -269,15 +244,15 @@ class Bench:
         )
         off = WandbRun("disabled", "merge_tasks", None, "merge", [], {}, self.folder)
         found = find(trials, off, self.folder)
-        brick = merge(bricks, found.weights, make_mix(section), self.backbone).brick
+        brick = self.merged(BASELINE, {"scale": 1.0}, found.weights)
         return {
             "parameters": {"start": scale},
             "weights": found.weights,
             "test": self.accuracies([brick], "test", brick.heads),
         }
 
-    def merged(self, rule: str, parameters: Mapping[str, Any]) -> Any:
-        """The merge of all of the seed's bricks."""
+    def merged(self, rule: str, parameters: Mapping[str, Any], weights: Any = None) -> Any:
+        """The merge of all of the seed's bricks; without weights those of the rule."""
         from cfm_train.config.merging import complete
         from cfm_train.merging import engine, sidecars
         from cfm_train.merging.mix import make_mix
@@ -291,12 +266,36 @@ class Bench:
             gathered = sidecars.read(found, mix.rule.needs)
         return engine.merge(
             list(self.bricks.values()),
-            None,
+            weights,
             mix,
             self.backbone,
             sources=list(map(str, trees)),
             statistics=gathered,
         ).brick
+
+
+@contextmanager
+def folded(backbone: Any, bricks: Sequence[Any]) -> Iterator[None]:
+    """Low-rank bricks added onto the weights, exactly taken off again.
+
+    A merge of twelve bricks of rank 8 has rank 96 on every linear map of a layer: plugged in, it
+    costs a third more than the backbone alone, on each of some ten thousand rows.
+    """
+    import torch
+
+    kept = {}
+    with torch.no_grad():
+        for plug in (plug for brick in bricks for plug in brick.plugs()):
+            assert plug.magnitude is None and plug.bias is None, "a plain low-rank update"
+            weight = backbone.model.get_submodule(backbone.sites[plug.site].module).weight
+            kept.setdefault(plug.site, (weight, weight.clone()))
+            weight.add_(plug.scale * (plug.B @ plug.A))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, before in kept.values():
+                weight.copy_(before)
 
 
 def subset(root: Path, out: Path, rows: int, test: int) -> Path:
@@ -327,7 +326,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=512, help="tokens of a batch")
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--sites", nargs="+", default=SITES)
+    parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--statistics", type=int, default=300, help="rows for Gram and Fisher")
     parser.add_argument("--validation", type=int, default=64, help="rows of each task that choose")
     parser.add_argument("--test", type=int, default=300, help="test rows of each task")
@@ -350,11 +350,7 @@ def main() -> None:
             found["bounds"] = bench.bounds()
         for rule in options.rules:
             if rule not in found["rules"]:
-                found["rules"][rule] = (
-                    bench.by_gradient(found["rules"][BASELINE]["parameters"]["scale"])
-                    if rule == GRADIENT
-                    else bench.best(rule)
-                )
+                found["rules"][rule] = bench.row(rule, found["rules"])
                 average = statistics.fmean(found["rules"][rule]["test"].values())
                 chosen = found["rules"][rule]["parameters"]
                 print(f"seed {seed} {rule:32} {100 * average:5.1f} {chosen}", flush=True)

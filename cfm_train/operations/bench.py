@@ -113,6 +113,7 @@ class Bench:
             self.rows = {name: without_answers(rows) for name, rows in self.rows.items()}
         self.axes = list(sought.axes)
         self._followed: Followed | None = None
+        self._units: dict[str, float] | None = None
         if search.follows:
             self._follow(str(sought.section["by"]))
             self._streams = {
@@ -188,9 +189,22 @@ class Bench:
         with self._plugged(point):
             scores = {name: self._score(name) for name in self.rows}
         value = math.fsum(scores.values()) / len(scores)
-        lower = all(self.lower_is_better(name) for name in scores)
-        cost = (value if lower else -value) + self.search.penalty(point)
-        return Tried(point, value, scores, cost)
+        if self.search.balance and self.search.objective == "loss":
+            if self._units is None and point == list(self.problem.start):
+                self._units = _units(scores)
+            cost = math.fsum(scores[name] / self.unit(name) for name in scores) / len(scores)
+        else:
+            cost = value if all(map(self.lower_is_better, scores)) else -value
+        return Tried(point, value, scores, cost + self.search.penalty(point))
+
+    def unit(self, task: str) -> float:
+        """What a task's loss is divided by where tasks count alike: its loss at the start."""
+        if not self.search.balance:
+            return 1.0
+        if self._units is None:
+            with self._plugged(self.problem.start):
+                self._units = _units({name: self._loss(name) for name in self.rows})
+        return self._units[task]
 
     def lower_is_better(self, task: str) -> bool:
         """Whether less of what is compared is better."""
@@ -221,14 +235,17 @@ class Bench:
         ).brick
 
     def _score(self, task: str) -> float:
-        spec, head, rows = self.specs[task], self.heads[task], self.rows[task]
         if self.search.objective == "entropy":
             return self._entropy_of_all(task)
         if self.search.objective == "loss":
-            found = predict(self.backbone, head, spec, rows)
-            return found.loss()
+            return self._loss(task)
+        spec, head, rows = self.specs[task], self.heads[task], self.rows[task]
         scores = judge_task(self.backbone, head, spec, rows).scores(bootstrap=0, seed=0)
         return scores[primary(spec, scores)].value
+
+    def _loss(self, task: str) -> float:
+        spec, head, rows = self.specs[task], self.heads[task], self.rows[task]
+        return predict(self.backbone, head, spec, rows).loss()
 
     @torch.inference_mode()
     def _entropy_of_all(self, task: str) -> float:
@@ -251,6 +268,8 @@ class Bench:
     def slope(self, weights: Tensor, step: int) -> float:
         """Adds the gradient of a step's mean loss (or entropy) to ``weights.grad``.
 
+        Where tasks count alike, each task's loss is in `unit` of its own.
+
         Args:
             weights: ``[N, K]`` float64, a leaf that wants gradients.
             step: decides the rows, from 0.
@@ -272,10 +291,15 @@ class Bench:
                 else:
                     found = compute(self.specs[name].type, self.backbone, self.heads[name], batch)
                     loss = found.loss / max(1, found.count)
-                loss = loss / len(self.rows)
+                loss = loss / self.unit(name) / len(self.rows)
                 loss.backward()
             total += loss.item()
         return total
+
+
+def _units(losses: Mapping[str, float]) -> dict[str, float]:
+    """Losses that others are divided by: a loss of zero has nothing to be compared with."""
+    return {name: loss if loss > 0 else 1.0 for name, loss in losses.items()}
 
 
 def knots_of(weight: Weight, count: int) -> list[float]:

@@ -42,8 +42,8 @@ def doubled() -> Backbone:
     return backbone
 
 
-def exact_loss(bench: Bench, knots: Sequence[Sequence[float]], scale: float) -> float:
-    """The mean loss in float64 by transformers' own model with ΔW added to its weights.
+def exact_loss(bench: Bench, knots: Sequence[Sequence[float]], scale: float) -> list[float]:
+    """Each task's mean loss in float64 by transformers' own model with ΔW added to its weights.
 
     ``knots`` has the weights of each brick, layer by layer.
     """
@@ -66,15 +66,17 @@ def exact_loss(bench: Bench, knots: Sequence[Sequence[float]], scale: float) -> 
             label = torch.tensor([int(rows.arrays["labels"][i])])
             total += F.cross_entropy(logits, label).item()
         losses.append(total / len(rows))
-    return sum(losses) / len(losses)
+    return losses
 
 
-@pytest.mark.parametrize("by", ["brick", "layer"])
-def test_the_slope_is_that_of_the_merged_model(by: str, tmp_path: Path, doubled: Backbone) -> None:
+@pytest.mark.parametrize(("by", "balance"), [("brick", False), ("layer", False), ("layer", True)])
+def test_the_slope_is_that_of_the_merged_model(
+    by: str, balance: bool, tmp_path: Path, doubled: Backbone
+) -> None:
     """Against central differences in float64 of the model with the merge in its weights."""
     bench = bench_of(
-        tmp_path, "gradient", "task_arithmetic", by=by, batch=64, backbone=doubled,
-        merge={"scale": 0.7}, given=(0.4, 0.9),
+        tmp_path, "gradient", "task_arithmetic", by=by, balance=balance, batch=64,
+        backbone=doubled, merge={"scale": 0.7}, given=(0.4, 0.9),
     )  # fmt: skip
     count = 2 if by == "layer" else 1
     assert len(bench.axes) == 2 * count
@@ -85,8 +87,15 @@ def test_the_slope_is_that_of_the_merged_model(by: str, tmp_path: Path, doubled:
     loss = bench.slope(weights, 0)
     assert weights.grad is not None
 
+    units = [1.0, 1.0]
+    if balance:  # each task's loss is a share of its own at the start
+        given = torch.tensor([[0.4], [0.9]], dtype=torch.float64)
+        units = exact_loss(bench, given.expand(2, 2).tolist(), 0.7)
+        assert abs(units[0] - units[1]) > 0.05
+
     def at(knots: torch.Tensor) -> float:
-        return exact_loss(bench, knots.expand(2, 2).tolist(), 0.7)
+        losses = exact_loss(bench, knots.expand(2, 2).tolist(), 0.7)
+        return sum(loss / unit for loss, unit in zip(losses, units, strict=True)) / 2
 
     assert loss == pytest.approx(at(start), rel=1e-5)
     for place in itertools.product(range(2), range(count)):
@@ -96,7 +105,10 @@ def test_the_slope_is_that_of_the_merged_model(by: str, tmp_path: Path, doubled:
         assert weights.grad[place].item() == pytest.approx(expected, rel=1e-3, abs=1e-5)
     # What is compared afterwards, and what the expression makes, are the same function.
     tried = bench.try_out(start.flatten().tolist())
-    assert tried.value == pytest.approx(loss, rel=1e-5)
+    assert tried.cost == pytest.approx(loss, rel=1e-5)
+    losses = exact_loss(bench, start.expand(2, 2).tolist(), 0.7)
+    assert list(tried.scores.values()) == pytest.approx(losses, rel=1e-5)
+    assert tried.value == pytest.approx(sum(losses) / 2, rel=1e-5)
     made = bench.merged(bench.mix, bench.weights(start.flatten().tolist()))
     inputs = batch(doubled)
     with doubled.slots.plugged([made]), torch.inference_mode():
@@ -147,4 +159,5 @@ def test_language_tasks_need_no_head(tmp_path: Path) -> None:
     weights = torch.tensor(bench.problem.start, dtype=torch.float64).view(2, -1).requires_grad_()
     loss = bench.slope(weights, 0)
     assert weights.grad is not None and bool(weights.grad.abs().min() > 0)
-    assert bench.try_out(bench.problem.start).value == pytest.approx(loss, rel=1e-5)
+    assert loss == pytest.approx(1.0, rel=1e-5)  # all of what it is at the start
+    assert bench.try_out(bench.problem.start).cost == pytest.approx(loss, rel=1e-5)

@@ -6,6 +6,8 @@ gradient is exact and nothing is merged on the way:
     y = W x + λ Σ wᵢ(layer) sᵢ Bᵢ Aᵢ x
 
 One weight for each brick, or one for each brick and layer (as in LoRA Soups, arXiv 2410.13025).
+Losses of tasks are not of one size (77 labels begin at log 77, two at log 2), so the mean is
+that of each task's loss over its loss at the start.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ class Gradient(Search):
     Args:
         objective: by what the best point on the way is chosen; it is the loss that is descended.
         by: a weight for each brick, or for each brick and layer.
+        balance: whether each task's loss counts as a share of its loss at the start.
         steps: of Adam.
         every: steps between two points that are compared.
         batch: rows of each task in a step.
@@ -37,13 +40,15 @@ class Gradient(Search):
         self,
         objective: Literal["loss", "metric"],
         by: Literal["brick", "layer"],
+        balance: bool,
         steps: Positive,
         every: Positive,
         batch: Positive,
         learning_rate: Rate,
     ) -> None:
         self.objective = objective
-        self.by, self.steps, self.every = by, steps, every
+        self.by, self.balance = by, balance
+        self.steps, self.every = steps, every
         self.batch, self.learning_rate = batch, learning_rate
 
     def count(self, problem: Problem) -> int:

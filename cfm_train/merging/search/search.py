@@ -65,6 +65,7 @@ class Search(ABC):
         starts: whether the merge's own weights are where it begins.
         module, package: the library that it needs, to import and to install; None for none.
         objective: what is compared: ``metric``, ``loss`` or ``entropy``.
+        balance: whether each task's loss counts as a share of its loss at the start.
     """
 
     kind: ClassVar[str]
@@ -75,6 +76,7 @@ class Search(ABC):
     module: ClassVar[str | None] = None
     package: ClassVar[str | None] = None
     objective: str
+    balance: bool = False
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
