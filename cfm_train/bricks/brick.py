@@ -67,6 +67,7 @@ class Brick(nn.Module, ABC):
         starts_as_identity: whether a new brick leaves every logit as it was, to the bit.
         neutral: the value of every parameter with which the kind does nothing (merging measures
             updates from there).
+        trains_backbone: whether the model's own parameters are what is trained (pretraining).
         trains: whether the kind is trained; else `fit_without_training` makes it (a task vector).
         hyper: the hyper-parameters, as plain JSON values.
         heads: the heads by task name.
@@ -78,6 +79,7 @@ class Brick(nn.Module, ABC):
     starts_as_identity: ClassVar[bool] = True
     neutral: ClassVar[float] = 0.0
     trains: ClassVar[bool] = True
+    trains_backbone: ClassVar[bool] = False
 
     hyper: dict[str, Any]
     site_names: tuple[str, ...]

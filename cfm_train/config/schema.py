@@ -16,13 +16,17 @@ from cfm_train.config.searching import Searching
 from cfm_train.config.section import Section
 from cfm_train.config.sections import (
     SHA256,
+    Architecture,
     Backbone,
     Brick,
     Calibration,
+    Corpora,
     Data,
     Evaluation,
     EvaluationData,
+    Intervals,
     PredictionData,
+    Tokenizer,
     Tracking,
     Trainer,
 )
@@ -55,6 +59,19 @@ class Train(Run):
     data: Data
     trainer: Trainer
     evaluation: Evaluation
+
+
+class Pretrain(Run):
+    """Make a backbone from text alone."""
+
+    architecture: Architecture
+    tokenizer: Tokenizer
+    data: Corpora
+    trainer: Trainer
+    snapshots: list[Count]
+    dtype: Literal["float32", "bfloat16", "float16"]
+    evaluation: Intervals
+    out: str
 
 
 class Evaluate(Run):
@@ -164,6 +181,7 @@ class Sequence(Run):
 
 OPERATIONS: dict[str, type[Run]] = {
     "train": Train,
+    "pretrain": Pretrain,
     "evaluate": Evaluate,
     "predict": Predict,
     "merge": Merge,

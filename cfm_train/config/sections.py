@@ -146,3 +146,38 @@ class Calibration(Section):
     tokens: Positive
     cka_tokens: Positive
     ridge: list[NonNegative]
+
+
+class Corpora(Section):
+    """Text domains to pretrain on, and some to leave out."""
+
+    root: str
+    domains: list[str] | None
+    leave_out: list[str]
+    unit: Literal["line", "paragraph", "file"]
+    max_length: Positive
+
+
+class Architecture(Section):
+    """A Llama-type model, in the words of transformers' ``LlamaConfig``."""
+
+    hidden_size: Positive
+    intermediate_size: Positive
+    num_hidden_layers: Positive
+    num_attention_heads: Positive
+    num_key_value_heads: Positive
+    max_position_embeddings: Positive
+    rope_theta: Rate
+    tie_word_embeddings: bool
+
+
+class Tokenizer(Section):
+    """A byte-level BPE to train: the 256 bytes and two special tokens are part of it."""
+
+    vocab_size: Annotated[int, Field(ge=258)]
+
+
+class Intervals(Section):
+    """How figures get their intervals."""
+
+    bootstrap: Positive

@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Set
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cfm_train.backbone.fingerprint import fingerprint, tokenizer_hash
 from cfm_train.library.card import Card
 from cfm_train.library.store import Library
+
+if TYPE_CHECKING:
+    from cfm_train.tracking.wandb_run import WandbRun
 
 
 def record_backbone(
@@ -27,7 +30,7 @@ def record_backbone(
     expression: str,
     sources: Mapping[Path, str],
 ) -> dict[str, Any]:
-    """Puts the card of a new backbone into the library, and tells W&B.
+    """Puts the card of a backbone made from others into the library, and tells W&B.
 
     Args:
         config: of the run.
@@ -47,23 +50,19 @@ def record_backbone(
     from cfm_train.training.cost import peak_memory
 
     made = fingerprint(out)
-    file, text = note
     parents = parents_of(set(sources.values()), made, library)
-    card = Card(
-        kind="backbone",
-        name=config["name"],
-        backbone_id=out.name,
-        tokenizer=tokenizer_hash(out),
-        interface={"fingerprint": made, **json.loads(text)},
-        operation=operation,
-        expression=expression,
-        parents=parents,
-        recipe=dict(config),
-        run=folder.name,
-    )
     with tracked(config, folder) as wandb:
-        card = library.add({file: text.encode()}, card)
-        wandb.artifact(card.name, "backbone", library.folder(card), {"version": card.version})
+        card = put_backbone(
+            config,
+            folder,
+            out,
+            library,
+            wandb,
+            operation=operation,
+            note=note,
+            expression=expression,
+            parents=parents,
+        )
     same = all(fingerprint(source) == before for source, before in sources.items())
     return {
         "brick": brick_entry(card, library, parents),
@@ -72,6 +71,43 @@ def record_backbone(
         "cost": {"peak_memory_bytes": peak_memory()},
         "wandb": wandb.as_record(),
     }
+
+
+def put_backbone(
+    config: Mapping[str, Any],
+    folder: Path,
+    out: Path,
+    library: Library,
+    wandb: WandbRun,
+    *,
+    operation: str,
+    note: tuple[str, str],
+    expression: str,
+    **known: Any,
+) -> Card:
+    """Puts the card of a new backbone into the library, and tells W&B of it.
+
+    Args:
+        config, folder, out, library, operation, note, expression: see `record_backbone`.
+        wandb: the run's W&B side.
+        **known: further fields of the card.
+    """
+    file, text = note
+    card = Card(
+        kind="backbone",
+        name=config["name"],
+        backbone_id=out.name,
+        tokenizer=tokenizer_hash(out),
+        interface={"fingerprint": fingerprint(out), **json.loads(text)},
+        operation=operation,
+        expression=expression,
+        recipe=dict(config),
+        run=folder.name,
+        **known,
+    )
+    card = library.add({file: text.encode()}, card)
+    wandb.artifact(card.name, "backbone", library.folder(card), {"version": card.version})
+    return card
 
 
 def parents_of(fingerprints: Set[str], made: str, library: Library) -> list[dict[str, str]]:

@@ -2,7 +2,8 @@
 
 With N frozen parameters in matrix products, a token costs 2N FLOP forward. Backward, no weight has
 a gradient, and activations have one only above the lowest brick: another 2N for the layers from
-there on, nothing where a head alone is trained. In an encoder-decoder each stack reads its own
+there on, nothing where a head alone is trained. Where a model is pretrained, its weights have
+gradients too: 2N more. In an encoder-decoder each stack reads its own
 tokens, and cross-attention's keys and values those of the encoder. The share shown is
 
     FLOP/s of this work ÷ (best matrix product rate of this machine in this dtype)
@@ -53,12 +54,13 @@ class Work:
         return tokens * (self.source + (self.crossing if targets else 0)) + targets * self.target
 
 
-def work_of(backbone: Backbone, sites: Iterable[str]) -> Work:
+def work_of(backbone: Backbone, sites: Iterable[str], *, weights: bool = False) -> Work:
     """What a brick at some sites makes a training step cost.
 
     Args:
         backbone: the backbone.
         sites: names of the brick's sites; none for a head alone.
+        weights: whether the backbone's own weights at these sites have gradients.
     """
     lowest: dict[str, int] = {}
     for name in sites:
@@ -74,7 +76,7 @@ def work_of(backbone: Backbone, sites: Iterable[str]) -> Work:
         else:
             part = "target" if site.stack == "decoder." else "source"
             learns = _height(site, backbone) >= lowest.get(site.stack, sys.maxsize)
-        flops[part] += (4 if learns else 2) * _active(backbone, site)
+        flops[part] += ((6 if weights else 4) if learns else 2) * _active(backbone, site)
     return Work(**flops)
 
 

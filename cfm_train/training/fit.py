@@ -72,6 +72,7 @@ def fit(
     metrics: MetricsFile,
     wandb: WandbRun,
     callbacks: list[Callback] | None = None,
+    mixed: bool = False,
 ) -> Fitted:
     """Trains a brick, or goes on where a killed run left off, and puts its best state into it.
 
@@ -87,6 +88,7 @@ def fit(
         metrics: the run's metrics file, already cut back to that position.
         wandb: the run's W&B side.
         callbacks: more Lightning callbacks.
+        mixed: whether matrix products are done in bfloat16 while weights stay in float32.
 
     Raises:
         Diverged: see `BrickModule.training_step`.
@@ -129,13 +131,13 @@ def fit(
     module = BrickModule(backbone, brick, specs, options)
     dataset.start = position.step
 
-    peak = peak_flops(backbone.dtype, backbone.device)
+    peak = peak_flops(torch.bfloat16 if mixed else backbone.dtype, backbone.device)
     watchers: list[Callback] = [MetricsLog(metrics, wandb), Progress(total, peak)]
     if settings["patience"] and validation:
         watchers.append(EarlyStopping(MONITOR, patience=settings["patience"], mode="max"))
     # The checkpoint comes last, so that it holds what the other callbacks know of this step.
     watchers += [*(callbacks or []), checkpoint]
-    trainer = _trainer(backbone, total, every, watchers, settings, folder, bool(validation))
+    trainer = _trainer(backbone, total, every, watchers, settings, folder, bool(validation), mixed)
     loader: DataLoader[Any] = DataLoader(dataset, batch_size=None, collate_fn=_as_is)
     evaluation = DataLoader(
         EvaluationDataset(validation, evaluation_tokens(backbone.device), pad_id),
@@ -185,6 +187,7 @@ def _trainer(
     settings: Mapping[str, Any],
     folder: Path,
     validates: bool,
+    mixed: bool,
 ) -> pl.Trainer:
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -193,6 +196,7 @@ def _trainer(
     return pl.Trainer(
         accelerator="gpu" if backbone.device.type == "cuda" else "cpu",
         devices=1,
+        precision="bf16-mixed" if mixed else "32-true",
         max_steps=total,
         max_epochs=-1,
         val_check_interval=every if validates else None,

@@ -113,7 +113,7 @@ class BrickModule(pl.LightningModule):
         self.rows_seen = 0
         self.tokens_seen = 0
         self.flops = 0.0
-        self._work = work_of(backbone, brick.site_names)
+        self._work = work_of(backbone, brick.site_names, weights=brick.trains_backbone)
         self.train_seconds = 0.0
         self._since = time.perf_counter()
         self._window: list[float] = []

@@ -61,11 +61,12 @@ WRONG = {
     (
         *EVALUATE,
         "out=x",
-    ): "out is a key of operation predict, merge_models and stitch_layers, not of evaluate.",
+    ): "out is a key of operation pretrain, predict, merge_models and stitch_layers, "
+    "not of evaluate.",
     (
         *EVALUATE,
         "trainer.epochs=1",
-    ): "trainer is a key of operation train and stitch_bridge, not of evaluate.",
+    ): "trainer is a key of operation train, pretrain and stitch_bridge, not of evaluate.",
     (*TRAIN, "brick=lorra"): "brick=lorra: there is no brick 'lorra'. Did you mean 'lora'?",
     (
         *TRAIN,

@@ -162,3 +162,11 @@ def test_gradient_checkpointing_does_not_bring_it_back(deep: Backbone) -> None:
         deep.model.disable_input_require_grads()
         again = flops(deep, [-2, -1])
     assert again - plain == pytest.approx(2 * 2 / DEPTH, abs=0.15)
+
+
+def test_pretraining_has_gradients_of_weights_too() -> None:
+    """6N FLOP a token (Kaplan et al. 2020, arXiv 2001.08361) where a brick below all layers has
+    4N."""
+    backbone = tiny("llama")
+    names = list(backbone.sites)
+    assert work_of(backbone, names, weights=True).source == 1.5 * work_of(backbone, names).source
