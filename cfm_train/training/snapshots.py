@@ -26,7 +26,16 @@ class Snapshots(Callback):
         self.steps, self.folder, self.write = set(steps), folder, write
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """The weights before training."""
+        """The weights before training.
+
+        Raises:
+            RuntimeError: training ends before one of the steps.
+        """
+        if self.steps and max(self.steps) > trainer.max_steps:
+            raise RuntimeError(
+                f"snapshots: there is no step {max(self.steps)} in {trainer.max_steps} steps: "
+                "leave it out, or train for longer."
+            )
         if trainer.global_step == 0:
             self._keep(0)
 

@@ -162,6 +162,14 @@ def test_what_cannot_be_is_refused(
     assert sorted(texts.rglob("*")) == before
 
 
+def test_a_snapshot_that_would_never_come(texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """How many steps an epoch has is known once the text is tokenised."""
+    never = ["out=made", "snapshots=[9999]", "trainer.max_steps=null", "trainer.epochs=1"]
+    assert main([*SMALL, *never]) == 1
+    assert "there is no step 9999 in" in capsys.readouterr().err
+    assert not (texts / "made").exists()
+
+
 def test_a_domain_without_its_validation_file_is_refused(
     texts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
