@@ -81,6 +81,8 @@ class Bench:
                 f"data.tasks=[{names}]",
                 f"data.root={self.root}",
                 *self._training(),
+                f"brick.learning_rate={options.ceiling_rate}",
+                "trainer.accumulate=4",  # a batch is of one task, a step shall be of several
             )
         for kind in ("gram", "fisher"):
             if not all(
@@ -328,6 +330,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--sites", nargs="+", default=SITES)
     parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--ceiling-rate", type=float, default=1e-3, help="of the multi-task brick")
     parser.add_argument("--statistics", type=int, default=300, help="rows for Gram and Fisher")
     parser.add_argument("--validation", type=int, default=64, help="rows of each task that choose")
     parser.add_argument("--test", type=int, default=300, help="test rows of each task")

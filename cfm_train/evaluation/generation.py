@@ -60,6 +60,12 @@ def answer_texts(
     return answers
 
 
+def prompt_text(backbone: Backbone, spec: TaskSpec, encoded: Encoded, row: int) -> str:
+    """What `answer_texts` gives the backbone for a row, as text."""
+    prompt, _ = _prompt_and_target(spec, encoded, row)
+    return str(backbone.tokenizer.decode(prompt, skip_special_tokens=True)).strip()
+
+
 def _prompt_and_target(spec: TaskSpec, encoded: Encoded, row: int) -> tuple[list[int], list[int]]:
     """Token ids that the model is given, and those that it should write."""
     ids = encoded.slice("input_ids", row).tolist()

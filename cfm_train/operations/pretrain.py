@@ -1,11 +1,12 @@
 """Make a backbone from text alone: a tokenizer and a Llama-type model, trained from scratch.
 
 check    domains, sizes, the disk, all before torch is imported
-run      tokenizer ─► first weights ─► fit ─► the best weights written ─► domains judged ─► card
+run      tokenizer ─► first weights ─► fit ─► the last weights written ─► domains judged ─► card
 
 The weights lie in ``out``; the library holds the card, and ``pretrain.json``, which tells all that
 decides the model and which the folder holds too. Each domain is judged by the folder as it was
-written, loaded like any backbone.
+written, loaded like any backbone. Text that is held out draws the curve of training and chooses
+nothing, so that the figures are those of a test.
 """
 
 from __future__ import annotations
@@ -107,6 +108,11 @@ def _check_sizes(config: Mapping[str, Any]) -> None:
             f"data.max_length={length} is more than architecture.max_position_embeddings="
             f"{shape['max_position_embeddings']}: lower it."
         )
+    if config["trainer"]["patience"] is not None:
+        raise UserError(
+            "trainer.patience would stop by the held-out text that the figures are of: leave it "
+            "null, and set trainer.max_steps."
+        )
     steps, snapshots = config["trainer"]["max_steps"], config["snapshots"]
     if steps is not None and snapshots and max(snapshots) > steps:
         raise UserError(f"snapshots: there is no step {max(snapshots)} in {steps} steps.")
@@ -196,6 +202,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
                     Snapshots(config["snapshots"], folder / SNAPSHOTS, write),
                     *([samples] if settings["samples"] else []),
                 ],
+                keep_last=True,
                 mixed={"auto": native, "bfloat16": True}.get(settings["precision"], False),
             )
         except Diverged as error:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def judge(
     config: Mapping[str, Any], backbone: Backbone, corpora: Corpora
 ) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """Figures on each domain's validation rows, and the loss as cells of a matrix.
+    """Figures on each domain's held-out text, and the loss as cells of a matrix.
 
     Args:
         config: of the run.
@@ -26,7 +26,7 @@ def judge(
         corpora: the domains; those left out are judged as well.
 
     Returns:
-        ``validation/<domain>/loss`` in nats per token, ``…/perplexity`` and ``…/bits_per_byte``,
+        ``test/<domain>/loss`` in nats per token, ``…/perplexity`` and ``…/bits_per_byte``,
         each with its interval over rows of ``data.max_length`` tokens; and the cells.
     """
     from cfm_train.data.encode import encode_rows
@@ -47,7 +47,7 @@ def judge(
         scale = tokens / size / math.log(2)
         loss = found["loss"]
         found["bits_per_byte"] = {k: v if k == "n" else v * scale for k, v in loss.items()}
-        figures |= {f"validation/{name}/{metric}": one for metric, one in found.items()}
+        figures |= {f"test/{name}/{metric}": one for metric, one in found.items()}
         cells.append(
             {"brick": config["name"], "task": name, "metric": "loss", **loss}
             | {"role": "brick", "head": None}

@@ -11,6 +11,10 @@ from cfm_train.tracking.seed_groups import READERS
 
 Json = dict[str, Any]
 
+#: Operations whose artifact is a backbone itself: what their record calls the backbone is what they
+#: made.
+MAKERS = frozenset({"pretrain", "merge_models", "stitch_layers"})
+
 
 def lineage(records: Sequence[Mapping[str, Any]], folder: Path) -> Json:
     """Nodes with a column and a place in it, and the edges between them.
@@ -26,6 +30,7 @@ def lineage(records: Sequence[Mapping[str, Any]], folder: Path) -> Json:
     """
     nodes: dict[str, Json] = {}
     edges: dict[tuple[str, str], float | None] = {}
+    made = _made(records)
     for record in records:
         brick, backbone = record["brick"], record["backbone"]
         if brick is None or record["operation"] in READERS:
@@ -37,8 +42,10 @@ def lineage(records: Sequence[Mapping[str, Any]], folder: Path) -> Json:
             key = f"{parent['name']}@{parent['version']}"
             nodes.setdefault(key, _node(key, parent, "outside", None, None))
             edges[key, own] = parent.get("weight")
+        if record["operation"] in MAKERS:
+            continue
         if backbone is not None and not brick["parents"]:
-            key = f"backbone {backbone['fingerprint']}"
+            key = made.get(backbone["fingerprint"], f"backbone {backbone['fingerprint']}")
             version = backbone["fingerprint"][:8]
             named = {"name": backbone["id"], "version": version}
             nodes.setdefault(key, _node(key, named, "backbone", None, None))
@@ -50,6 +57,15 @@ def lineage(records: Sequence[Mapping[str, Any]], folder: Path) -> Json:
     return {
         "nodes": list(nodes.values()),
         "edges": [{"from": a, "to": b, "weight": weight} for (a, b), weight in edges.items()],
+    }
+
+
+def _made(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Fingerprint -> the artifact, of backbones that runs among these records made."""
+    return {
+        record["backbone"]["fingerprint"]: f"{brick['name']}@{brick['version']}"
+        for record in records
+        if record["operation"] in MAKERS and (brick := record["brick"]) is not None
     }
 
 

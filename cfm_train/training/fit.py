@@ -73,6 +73,7 @@ def fit(
     wandb: WandbRun,
     callbacks: list[Callback] | None = None,
     mixed: bool = False,
+    keep_last: bool = False,
 ) -> Fitted:
     """Trains a brick, or goes on where a killed run left off, and puts its best state into it.
 
@@ -89,6 +90,7 @@ def fit(
         wandb: the run's W&B side.
         callbacks: more Lightning callbacks.
         mixed: whether matrix products are done in bfloat16 while weights stay in float32.
+        keep_last: whether the last step is kept, whatever validation says of it.
 
     Raises:
         Diverged: see `BrickModule.training_step`.
@@ -120,7 +122,7 @@ def fit(
     checkpoint = ExactCheckpoint(
         folder / "checkpoints",
         every=settings["checkpoint_every"] or every,
-        monitor=MONITOR if validation else None,
+        monitor=MONITOR if validation and not keep_last else None,
         maximize=True,
     )
     if position.learning_rate is not None:

@@ -12,10 +12,10 @@ from cfm_train.backbone.load import Backbone
 from cfm_train.data.encode import Encoded, TaskData
 from cfm_train.data.tasks import GENERATIVE, LABELLED, TaskSpec
 from cfm_train.evaluation.evaluator import Answers
-from cfm_train.evaluation.generation import answer_texts
+from cfm_train.evaluation.generation import answer_texts, prompt_text
 from cfm_train.tracking.wandb_run import WandbRun
 
-#: Longest input that is shown, in characters.
+#: Most of an input that is shown, in characters.
 SHOWN = 300
 
 
@@ -71,8 +71,11 @@ def show(
     on otherwise than the reference may be as good.
     """
     rows = range(min(count, len(encoded)))
+    given = [input_text(encoded.row(i))[:SHOWN] for i in rows]
     if spec.type in GENERATIVE:
         said = answer_texts(backbone, spec, encoded, rows)
+        if spec.type == "causal":  # the end of what is to be continued, not the document's top
+            given = [prompt_text(backbone, spec, encoded, i)[-SHOWN:] for i in rows]
     else:
         said = [
             (in_words(spec, answers.predictions[i]), in_words(spec, answers.references[i]))
@@ -80,7 +83,7 @@ def show(
         ]
     return [
         {
-            "input": input_text(encoded.row(i))[:SHOWN],
+            "input": given[i],
             "prediction": said[i][0],
             "reference": said[i][1],
             "right": said[i][0] == said[i][1] if spec.type in LABELLED else None,

@@ -104,19 +104,19 @@ def test_a_model_folder_that_is_what_the_record_says(
     assert record["status"] == "done" and all(c["passed"] for c in record["checks"].values())
     for domain in ("first", "second", "odd"):
         text = (texts / "texts" / f"{domain}.valid.txt").read_text()
-        figure = record["metrics"][f"validation/{domain}/loss"]
+        figure = record["metrics"][f"test/{domain}/loss"]
         expected = exact_loss(made, text, 24)
         assert figure["value"] == pytest.approx(expected, rel=1e-4)
         assert figure["low"] <= figure["value"] <= figure["high"]
         from transformers import AutoTokenizer
 
         tokens = len(AutoTokenizer.from_pretrained(made)(text)["input_ids"])
-        bits = record["metrics"][f"validation/{domain}/bits_per_byte"]["value"]
+        bits = record["metrics"][f"test/{domain}/bits_per_byte"]["value"]
         assert bits == pytest.approx(expected * tokens / len(text.encode()) / 0.693147, rel=1e-4)
     # Training helped, snapshots are of their steps, and the last is not the first.
     first = (texts / "texts" / "first.valid.txt").read_text()
     losses = [exact_loss(made / "snapshots" / f"step-{n}", first, 24) for n in (0, 3)]
-    assert losses[0] > losses[1] > record["metrics"]["validation/first/loss"]["value"]
+    assert losses[0] > losses[1] > record["metrics"]["test/first/loss"]["value"]
     # Nothing of the domain that was left out is in the vocabulary; it is judged all the same.
     vocabulary = json.loads((made / "tokenizer.json").read_text())["model"]["vocab"]
     assert len(vocabulary) == 300 and "Ġcat" in vocabulary and "zz" not in vocabulary
@@ -131,6 +131,10 @@ def test_a_model_folder_that_is_what_the_record_says(
     assert card.kind == "backbone" and card.operation == "pretrain"
     assert card.expression == "pretrain([first, second])"
     assert not Library("outputs/library").verify("pretrained")
+    # The samples show what was given and what followed, not the top of a long document each time.
+    (sample,) = record["samples"]
+    at = first.index(sample["input"]) + len(sample["input"])
+    assert first[at:].lstrip().startswith(sample["reference"])
     # It is a backbone like any other.
     (texts / "rows.jsonl").write_text("\n".join(json.dumps({"text": w}) for w in WORDS))
     more = ["recipe=task/lm", "name=brick", "backbone.path=made", "data.train=rows.jsonl"]
@@ -145,6 +149,7 @@ WRONG = {
     "architecture.hidden_size=34": "no even multiple of num_attention_heads=2",
     "architecture.num_key_value_heads=3": "no multiple of num_key_value_heads=3",
     "data.max_length=2000": "more than architecture.max_position_embeddings=1024",
+    "trainer.patience=2": "trainer.patience would stop by the held-out text",
     "snapshots=[7]": "there is no step 7 in 6 steps",
     "tokenizer.vocab_size=100": "tokenizer.vocab_size",
     "out=texts": "is there already",

@@ -315,6 +315,17 @@ def test_a_parent_without_a_record_is_drawn_as_such(tmp_path: Path) -> None:
     assert kinds == {"topic": "outside", "intent": "outside", merged["brick"]["name"]: "brick"}
 
 
+def test_a_backbone_that_a_run_made_is_no_parent_of_itself() -> None:
+    """Bricks over it hang from its own card."""
+    entry = {"version": "1", "path": ".", "parents": []}
+    over = {"backbone": {"id": "lm", "fingerprint": FINGERPRINT, "unchanged": True}}
+    made = bare("lm", operation="pretrain", brick={"name": "lm", **entry}, **over)
+    brick = bare("law", brick={"name": "law", **entry}, **over)
+    graph = lineage([brick, made], Path())
+    assert {node["id"] for node in graph["nodes"]} == {"lm@1", "law@1"}
+    assert [(edge["from"], edge["to"]) for edge in graph["edges"]] == [("lm@1", "law@1")]
+
+
 def test_a_circle_of_parents_ends() -> None:
     def made(name: str, parent: str) -> Record:
         parents = [{"name": parent, "version": "1"}]
