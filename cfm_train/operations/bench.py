@@ -52,8 +52,9 @@ class Tried:
 
     Attributes:
         point: one number for each axis.
-        value: the mean over the tasks of what is compared, in its own unit.
-        scores: the same of each task.
+        value: the mean over the tasks of what is compared, in its own unit, or as a share of what
+            it was at the start where tasks count alike.
+        scores: what is compared of each task, in its own unit.
         cost: what is minimised, penalty included; infinite for a point that makes no merge.
     """
 
@@ -188,13 +189,13 @@ class Bench:
             return Tried(point, math.nan, {}, math.inf)
         with self._plugged(point):
             scores = {name: self._score(name) for name in self.rows}
-        value = math.fsum(scores.values()) / len(scores)
-        if self.search.balance and self.search.objective == "loss":
+        shares = scores
+        if self.search.objective == "loss" and self.search.balance:
             if self._units is None and point == list(self.problem.start):
                 self._units = _units(scores)
-            cost = math.fsum(scores[name] / self.unit(name) for name in scores) / len(scores)
-        else:
-            cost = value if all(map(self.lower_is_better, scores)) else -value
+            shares = {name: score / self.unit(name) for name, score in scores.items()}
+        value = math.fsum(shares.values()) / len(shares)
+        cost = value if all(map(self.lower_is_better, scores)) else -value
         return Tried(point, value, scores, cost + self.search.penalty(point))
 
     def unit(self, task: str) -> float:

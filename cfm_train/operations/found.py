@@ -101,7 +101,7 @@ def find(bench: Bench, wandb: WandbRun, folder: Path, *, goes_on: bool = False) 
                     wandb.log(len(tried), _row(search, one))
             bar.update()
             if tried:
-                bar.set_postfix_str(f"best {search.objective} {tried[_best(tried)].value:.4f}")
+                bar.set_postfix_str(f"best {search.compared} {tried[_best(tried)].value:.4f}")
     rows = [_row(search, one) for one in tried]
     if file.rows() != [{"step": step, **row} for step, row in enumerate(rows, start=1)]:
         file.cut_back(0)  # an earlier start came to other trials
@@ -112,7 +112,7 @@ def find(bench: Bench, wandb: WandbRun, folder: Path, *, goes_on: bool = False) 
     names = [axis.name for axis in bench.axes]
     entry = {
         "method": search.kind,
-        "objective": search.objective,
+        "objective": search.compared,
         "chosen_on": search.chosen_on,
         "note": ADAPTS if search.chosen_on == "test inputs" else None,
         "lower_is_better": all(bench.lower_is_better(task) for task in bench.rows),
@@ -131,7 +131,7 @@ def find(bench: Bench, wandb: WandbRun, folder: Path, *, goes_on: bool = False) 
     }
     wandb.table(
         "search",
-        [*names, search.objective],
+        [*names, search.compared],
         [[*one.point, one.value] for one in tried],
     )
     weights = bench.weights(best)

@@ -178,13 +178,14 @@ class Trial(TypedDict):
 class Search(TypedDict):
     """How a merge's weights were found.
 
-    ``objective`` is what was compared (``metric``, ``loss``, ``entropy``), ``chosen_on`` the rows
-    that it was compared on (never test rows, but for a method that adapts on their inputs: ``note``
-    says so), ``rows`` how many of each task; ``chosen`` is the number of the best trial.
+    ``objective`` is what was compared (``metric``, ``loss``, ``relative loss``, ``entropy``),
+    ``chosen_on`` the rows that it was compared on (never test rows, but for a method that
+    adapts on their inputs: ``note`` says so), ``rows`` how many of each task; ``chosen``
+    is the number of the best trial.
     """
 
     method: str
-    objective: Literal["metric", "loss", "entropy"]
+    objective: Literal["metric", "loss", "relative loss", "entropy"]
     chosen_on: Literal["validation", "test inputs"]
     note: str | None
     lower_is_better: bool

@@ -102,8 +102,12 @@ def test_a_search_of_a_few_trials(
     sign = 1 if search["lower_is_better"] else -1
     costs = [sign * one["value"] + one["penalty"] for one in search["trials"]]
     assert costs[search["chosen"]] == min(costs)
+    first = search["trials"][0]["scores"]  # the start, of which a relative loss is a share
+    units = first if search["objective"] == "relative loss" else dict.fromkeys(first, 1.0)
+    assert (kind == "gradient") == (search["objective"] == "relative loss")
     for one in search["trials"]:
-        assert one["value"] == pytest.approx(sum(one["scores"].values()) / 2)
+        shares = [score / units[task] for task, score in one["scores"].items()]
+        assert one["value"] == pytest.approx(sum(shares) / 2)
         assert set(one["scores"]) == {"a", "b"} and list(one["point"]) == search["axes"]
     assert record["backbone"]["unchanged"]
     assert all(check["passed"] for check in record["checks"].values())

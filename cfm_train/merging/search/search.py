@@ -78,6 +78,11 @@ class Search(ABC):
     objective: str
     balance: bool = False
 
+    @property
+    def compared(self) -> str:
+        """What is compared, as a person reads it."""
+        return "relative loss" if self.balance and self.objective == "loss" else self.objective
+
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         cls.kind = cls.__module__.rsplit(".", 1)[-1]
