@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cfm_train.data.sources import Checked, check, fingerprint
-from cfm_train.data.splits import make_disjoint
+from cfm_train.data.splits import EXAMPLES, make_disjoint
 from cfm_train.errors import UserError, nearest
 
 TRAIN, VALIDATION = ".train.txt", ".valid.txt"
@@ -81,6 +81,10 @@ def read(section: Mapping[str, Any]) -> Corpora:
     )
     if not rows["train"]:
         raise UserError("data: every training document stands in a validation file too.")
+    for one in (checked[name].leaks for name in trained):  # what each domain's own files share
+        for pair, count in one.counts.items():
+            leaks.counts[pair] = leaks.counts.get(pair, 0) + count
+        leaks.examples.extend(one.examples[: EXAMPLES - len(leaks.examples)])
     rows["validation"] = [row for name in trained for row in checked[name].rows["validation"]]
     first = checked[trained[0]]
     text = Checked(

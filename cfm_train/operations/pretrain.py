@@ -159,7 +159,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     from cfm_train.backbone.fresh import write_model
     from cfm_train.data.encode import encode
     from cfm_train.operations.made_backbone import put_backbone
-    from cfm_train.operations.setting import brick_entry, open_backbone, tracked
+    from cfm_train.operations.setting import brick_entry, open_backbone, tracked, unchanged
     from cfm_train.paths import cache_dir
     from cfm_train.tracking.metrics_file import MetricsFile
     from cfm_train.training.checkpoint import read_position
@@ -212,9 +212,11 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
                 write(aside)
                 _put_snapshots(folder / SNAPSHOTS, aside / SNAPSHOTS)
                 (aside / PRETRAIN_FILE).write_text(inputs.note, encoding="utf-8")
-        made, _ = open_backbone(resolve({"path": str(inputs.out)}), {"dtype": "auto"})
+        there = resolve({"path": str(inputs.out)})
+        made, before = open_backbone(there, {"dtype": "auto"})
         same = pretrained.same_weights(backbone.model, made.model, dtype)
         figures, cells = pretrained.judge(config, made, inputs.corpora)
+        still = unchanged(made, before, there)
         card = put_backbone(
             config,
             folder,
@@ -238,10 +240,12 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
         "backbone": {
             "id": inputs.out.name,
             "fingerprint": card.interface["fingerprint"],
-            "unchanged": True,
+            "unchanged": still,
         },
         "metrics": figures,
-        "checks": {"the folder holds what was trained": pretrained.check_entry(same)},
+        "checks": {
+            "the folder holds what was trained": {"value": same, "tolerance": None, "passed": same}
+        },
         "cost": {
             "train_seconds": fitted.train_seconds,
             "samples_per_second": fitted.rows / seconds,

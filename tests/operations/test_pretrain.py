@@ -141,6 +141,21 @@ def test_a_model_folder_that_is_what_the_record_says(
     assert main([*more, "trainer.max_steps=2", "tracking=disabled", "data.max_length=8"]) == 0
 
 
+@pytest.mark.slow
+def test_mixed_precision_keeps_its_weights_in_float32(
+    texts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["trainer.precision=bfloat16", "dtype=float32", "out=mixed"]
+    record = record_of(capsys, *more)
+    assert record["status"] == "done" and all(c["passed"] for c in record["checks"].values())
+    from safetensors.torch import load_file
+
+    weights = load_file(texts / "mixed" / "model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+    finer = [not torch.equal(v, v.bfloat16().float()) for v in weights.values() if v.ndim == 2]
+    assert all(finer)  # numbers that bfloat16 does not hold
+
+
 WRONG = {
     "data.domains=[frist]": "has no domain 'frist'. Did you mean 'first'?",
     "data.leave_out=[odd,odd]": "'odd' is listed twice",
@@ -185,12 +200,12 @@ def test_a_domain_without_its_validation_file_is_refused(
 
 def test_what_validation_holds_is_not_trained_on(texts: Path) -> None:
     line = "the very same line of both"
-    for name in ("first.train", "odd.valid"):
+    for name in ("first.train", "odd.valid", "second.train", "second.valid"):
         path = texts / "texts" / f"{name}.txt"
         path.write_text(f"{path.read_text()}\n{line}")
     corpora = prepare([*SMALL, "out=made", "data.unit=line"]).inputs.corpora
     assert line not in [row["text"][0] for row in corpora.text.rows["train"]]
-    assert corpora.text.leaks.counts == {"train in validation": 1}
+    assert corpora.text.leaks.counts == {"train in validation": 2}
     assert line in [row["text"][0] for row in corpora.domains["odd"].rows["validation"]]
 
 
