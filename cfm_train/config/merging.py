@@ -136,6 +136,12 @@ def check(parameters: Mapping[str, Any]) -> dict[str, Any]:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
     key = ".".join(map(str, first["loc"][:1]))
+    if key == "heads":
+        raise UserError(
+            f"heads={parameters[key]} trains heads when a merge is stored, so a configuration "
+            f"cannot ask for it: recipe=merge/{parameters['rule']} … heads=refit name=NAME, then "
+            "name that brick."
+        )
     if first["type"] == "extra_forbidden":
         raise UserError(
             f"merge({parameters['rule']}, …) does not know the parameter '{key}'."

@@ -101,6 +101,7 @@ class Merge(Run):
     weights: list[float | list[float]] | None
     merge: Merging
     search: Searching
+    heads: Literal["parents", "refit"]
     tasks: list[str]
     data: EvaluationData
     evaluation: Evaluation

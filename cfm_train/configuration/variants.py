@@ -51,22 +51,32 @@ class Curve:
 def opened(tree: Expression, library: Library) -> Expression:
     """The tree with the configuration that it was made by in place of every brick made from bricks.
 
-    A brick whose own bricks are gone stays as it is.
+    A brick whose own bricks are gone stays as it is, and within another configuration so does one
+    with heads that were trained on it: made again from its bricks, it would not have them.
 
     Args:
         tree: a pinned tree.
         library: where its bricks lie.
     """
     if isinstance(tree, BrickRef):
-        card = library.find(str(tree))
-        if card.operation not in MADE or not card.expression:
-            return tree
-        try:
-            return opened(parse(card.expression), library)
-        except UserError:
-            return tree
-    args = tuple(opened(arg, library) for arg in tree.args)
-    return Call(tree.fn, tree.rule, args, tree.params)
+        return _made(tree, library) or tree
+    args = []
+    for arg in tree.args:
+        made = _made(arg, library) if isinstance(arg, BrickRef) else opened(arg, library)
+        new_heads = isinstance(made, Call) and "heads" in dict(made.params)
+        args.append(arg if made is None or new_heads else made)
+    return Call(tree.fn, tree.rule, tuple(args), tree.params)
+
+
+def _made(ref: BrickRef, library: Library) -> Expression | None:
+    """The opened configuration of a brick that was made from bricks; None of any other."""
+    card = library.find(str(ref))
+    if card.operation not in MADE or not card.expression:
+        return None
+    try:
+        return opened(parse(card.expression), library)
+    except UserError:
+        return None
 
 
 def tuned_families(trees: Mapping[str, Expression]) -> list[list[str]]:
@@ -208,7 +218,7 @@ def _short(node: Json) -> str:
         return str(node["brick"])
     parts = [node["rule"]] if node["rule"] else []
     parts.append(f"[{', '.join(map(_short, node['args']))}]")
-    for key in TUNED if node["call"] == "merge" else ("mode",):
+    for key in (*TUNED, "heads") if node["call"] == "merge" else ("mode",):
         value = node["params"].get(key)
         if value is None or (key == "scale" and value == 1.0):
             continue

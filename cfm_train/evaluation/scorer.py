@@ -191,11 +191,12 @@ class Scorer:
         self, body: Body, task: str, head: Head | TrainedOn | None, rows: Encoded
     ) -> Examples:
         if isinstance(head, TrainedOn):
-            head = self._trained(head.body, task)
+            head = self.trained(head.body, task)
         with self.backbone.slots.plugged([] if body.brick is None else [body.brick]):
             return judge_task(self.backbone, head, self.tasks[task].spec, rows).examples()
 
-    def _trained(self, body: Body, task: str) -> Head:
+    def trained(self, body: Body, task: str) -> Head:
+        """A head that is trained on the frozen features of a body; once for each task."""
         place = (body.identity, task)
         if place not in self._heads:
             with self.backbone.slots.plugged([] if body.brick is None else [body.brick]):

@@ -12,18 +12,14 @@ from tqdm import tqdm
 
 from cfm_train.config.searching import ADAPTS
 from cfm_train.evaluation.matrix import cells_of, figures_of, row
-from cfm_train.evaluation.scorer import Body
+from cfm_train.evaluation.scorer import Body, Scorer
 from cfm_train.merging.search.search import Search, lower
 from cfm_train.operations.bench import Bench, Tried
-from cfm_train.operations.selection import Selection
-from cfm_train.operations.setting import scorer_for
-from cfm_train.operations.sought import Sought
 from cfm_train.operations.trials import trials
 from cfm_train.tracking.comparison_tables import cells
 from cfm_train.tracking.metrics_file import MetricsFile
 
 if TYPE_CHECKING:
-    from cfm_train.backbone.load import Backbone
     from cfm_train.tracking.wandb_run import WandbRun
 
 METRICS, TRIALS = "metrics.jsonl", "trials.jsonl"
@@ -181,28 +177,17 @@ class Reported:
         return {"metrics": self.metrics, "matrix": self.matrix, **examples}
 
 
-def report(
-    body: Body,
-    config: dict[str, Any],
-    sought: Sought,
-    selection: Selection,
-    backbone: Backbone,
-    wandb: WandbRun,
-    folder: Path,
-) -> Reported:
+def report(body: Body, scorer: Scorer, wandb: WandbRun, folder: Path) -> Reported:
     """Judges the merge on the test rows of each task, with the heads that it carries.
 
     Args:
         body: the merge.
-        config: the run's config.
-        sought: the tasks.
-        selection: the backbone's folder.
-        backbone: nothing plugged.
+        scorer: has the tasks; one without test rows is left out.
         wandb: gets the matrix and the figures.
         folder: the run's, for the examples.
     """
-    scorer = scorer_for(sought.tasks, backbone, selection.backbone, config)
-    scored = row(scorer, body, list(sought.tasks), {})
+    tasks = [name for name, task in scorer.tasks.items() if task.test is not None]
+    scored = row(scorer, body, tasks, {})
     matrix, metrics = cells_of(scored), figures_of(scored)
     wandb.table("matrix", *cells(matrix))
     wandb.summary({name: figure["value"] for name, figure in metrics.items()})

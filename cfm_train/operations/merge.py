@@ -1,7 +1,7 @@
 """Make one brick from several; the new brick names its parents with their versions.
 
-With ``search`` the weights are found first, and the merge is judged on test rows (`sought`,
-`bench`, `found`).
+With ``search`` the weights are found first (`sought`, `bench`, `found`); with ``heads=refit`` the
+merge gets heads of its own (`refit`). Either way it is judged on test rows.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from typing import Any
 from cfm_train.backbone.fingerprint import tokenizer_hash
 from cfm_train.config import merging
 from cfm_train.configuration.expression import BrickRef, Call, Expression
+from cfm_train.data.sources import Checked, data_fingerprints
 from cfm_train.errors import UserError
 from cfm_train.library.card import Card, check_name
 from cfm_train.library.sidecar import Sidecar
 from cfm_train.merging import sidecars
 from cfm_train.merging.weights import check_filters, check_matched, check_weights
+from cfm_train.operations import refit
 from cfm_train.operations.selection import Selection, select
 from cfm_train.operations.sought import Sought
 from cfm_train.operations.sought import check as check_search
@@ -39,6 +41,7 @@ class Inputs:
         statistic: the statistics that the rule needs; None for none.
         sidecars: where those of each brick lie.
         sought: what finding weights needs; None where they are given.
+        refitted: the tasks that get new heads.
         fingerprints: content hashes for the config hash.
     """
 
@@ -48,6 +51,7 @@ class Inputs:
     statistic: str | None
     sidecars: list[Sidecar]
     sought: Sought | None
+    refitted: dict[str, Checked]
     fingerprints: dict[str, str]
 
 
@@ -79,14 +83,20 @@ def check(config: dict[str, Any]) -> Inputs:
     sought = check_search(config, selection, section)
     if sought is not None:
         fingerprints |= sought.fingerprints
+    refitted = refit.check(config, selection)
+    fingerprints |= data_fingerprints(refitted)
     selection.library.check_writable()
     given = None if section["equal"] is None else weights
-    return Inputs(selection, section, given, kind, found, sought, fingerprints)
+    return Inputs(selection, section, given, kind, found, sought, refitted, fingerprints)
 
 
-def tree_of(selection: Selection, section: Mapping[str, Any], weights: Any) -> Call:
-    """The merge with all its parameters written out."""
+def tree_of(
+    selection: Selection, section: Mapping[str, Any], weights: Any, *, new_heads: bool
+) -> Call:
+    """The merge with all its parameters written out; ``heads`` where they are not the parents'."""
     parameters = {k: v for k, v in section.items() if k != "rule"}
+    if new_heads:
+        parameters["heads"] = "refit"
     if weights is not None:
         parameters["weights"] = weights
     return Call("merge", section["rule"], tuple(selection.trees), tuple(parameters.items()))
@@ -127,10 +137,12 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     from cfm_train.merging.engine import merge
     from cfm_train.merging.invariants import try_promises
     from cfm_train.merging.mix import make_mix
+    from cfm_train.operations.found import report
     from cfm_train.operations.setting import (
         backbone_entries,
         brick_entry,
         open_backbone,
+        scorer_for,
         tracked,
         unchanged,
     )
@@ -150,7 +162,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     with tracked(config, folder) as wandb:
         if inputs.sought is not None:
             from cfm_train.operations.bench import Bench
-            from cfm_train.operations.found import find, report
+            from cfm_train.operations.found import find
 
             bench = Bench(
                 bodies,
@@ -166,7 +178,8 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
             # All that decides a trial is in the hash that names the folder.
             found = find(bench, wandb, folder, goes_on=True)
             section, weights = found.section, found.weights
-        mix, tree = make_mix(section), tree_of(selection, section, weights)
+        mix = make_mix(section)
+        tree = tree_of(selection, section, weights, new_heads=bool(inputs.refitted))
         result = merge(bodies, weights, mix, backbone, sources=sources, statistics=statistics)
         merged = result.brick
         parents = [
@@ -177,12 +190,14 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
             bodies, weights, mix, backbone, sources=sources, statistics=statistics
         )
         recipe = {**config, "backbone": selection.section, "parents": recipes}
-        if inputs.sought is not None and found is not None:
+        if found is not None:
             recipe["search"] = {**config["search"], **found.choice}
-            body = Body(
-                config["name"], merged, identity_of(tree, merged), "merged", tree, found.note
-            )
-            reported = report(body, config, inputs.sought, selection, backbone, wandb, folder)
+        if judged := {**(inputs.sought.tasks if inputs.sought else {}), **inputs.refitted}:
+            said = found.note if found is not None else None
+            body = Body(config["name"], merged, identity_of(tree, merged), "merged", tree, said)
+            scorer = scorer_for(judged, backbone, selection.backbone, config)
+            refit.refit(body, merged, list(inputs.refitted), scorer)
+            reported = report(body, scorer, wandb, folder)
         card = store(
             merged,
             selection.library,
@@ -193,7 +208,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
             parents=parents,
             tokenizer=tokenizer_hash(selection.backbone.folder),
             recipe=recipe,
-            data=[entry for c in selection.cards.values() for entry in c.data],
+            data=_data(inputs),
             metrics={} if reported is None else reported.metrics,
             run=folder.name,
         )
@@ -207,6 +222,8 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     print(f"{card.ref} = {tree}")
     if found is not None:
         print(found.line())
+    if inputs.refitted:
+        print(f"heads trained anew on the merge: {', '.join(inputs.refitted)}")
     if result.lost is not None:
         rank = merged.hyper["rank"]
         print(f"cut to rank {rank}: up to {result.lost:.1%} of a site's update (norm) left out")
@@ -234,6 +251,18 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
         },
         "wandb": wandb.as_record(),
     }
+
+
+def _data(inputs: Inputs) -> list[dict[str, Any]]:
+    """What the bricks saw, and what their merge's heads did."""
+    entries = [entry for card in inputs.selection.cards.values() for entry in card.data]
+    seen = {(entry["name"], entry["fingerprint"]) for entry in entries}
+    trained = ((name, task.fingerprints["train"]) for name, task in inputs.refitted.items())
+    return entries + [
+        {"name": name, "fingerprint": fingerprint, "licence": None}
+        for name, fingerprint in trained
+        if (name, fingerprint) not in seen
+    ]
 
 
 def parts_of(tree: Expression, weight: float) -> Iterator[tuple[str, float]]:

@@ -60,10 +60,11 @@ def check(
     """
     search = dict(config["search"])
     if search["kind"] == "none":
-        if config["tasks"]:
+        if config["tasks"] and config["heads"] == "parents":
             raise UserError(
-                "tasks are what weights are found for: add search=grid or another search, or "
-                "leave tasks out (recipe=compare/bricks scores bricks)."
+                "tasks are what weights are found or heads are trained for: add search=grid or "
+                "another search, or heads=refit, or leave tasks out (recipe=compare/bricks scores "
+                "bricks)."
             )
         return None
     cards = list(selection.cards.values())
