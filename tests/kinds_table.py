@@ -24,7 +24,7 @@ from cfm_train.config.catalogue import groups
 from cfm_train.errors import UserError
 from cfm_train.library.peft_format import CONFIG_FILE, read_folder
 from tests import brick_laws as laws
-from tests.backbones import FAMILIES, bare, batch, randomise, tiny
+from tests.backbones import FAMILIES, VOCABULARY, bare, batch, randomise, tiny
 from tests.peft_peers import in_peft, values
 from tests.peft_tuners import section, small
 
@@ -79,7 +79,8 @@ def fresh(name: str, backbone: Backbone) -> Brick:
     """A new brick, in a size that fits the tiny backbones."""
     torch.manual_seed(0)
     chosen = small(name) if kind_of(name) == "peft" else section(name)
-    return make_brick(chosen).build(backbone).eval()
+    text = torch.randint(3, VOCABULARY, (36,))  # for kinds that start from a text
+    return make_brick(chosen).about(text[: chosen.get("tokens") or 20]).build(backbone).eval()
 
 
 def measure(name: str, family: str) -> Cell:

@@ -95,6 +95,14 @@ class Brick(nn.Module, ABC):
         self.heads = Heads()
         self.site_names = ()
 
+    def about(self, ids: Tensor) -> Self:
+        """Tells a brick, before it is built, the text that it is to hold, and returns the brick.
+
+        Args:
+            ids: its token ids ``[tokens]``; kinds that do not start from a text pass them over.
+        """
+        return self
+
     @abstractmethod
     def build(self, backbone: Backbone) -> Self:
         """Makes the parameters for a backbone (float32, on its device) and returns the brick.

@@ -27,7 +27,7 @@ _OWN = "it is a kind of our own: choose brick={} instead"
 REFUSED = {
     "prompt_tuning": _OWN.format("soft_prompt"),
     "prefix_tuning": _OWN.format("prefix"),
-    "cartridge": "it makes a cache of one text instead of training on a task: choose brick=prefix",
+    "cartridge": _OWN.format("cartridge"),
     "cpt": "it needs the token ids of one fixed context: choose brick=soft_prompt",
     "multitask_prompt_tuning": "it needs a task id with every row: choose brick=soft_prompt",
     "adaption_prompt": "it rewrites the attention of a few architectures: choose brick=prefix",

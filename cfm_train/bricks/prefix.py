@@ -98,9 +98,18 @@ class Prefix(Brick):
         self.layout = prefix_files.layout_of(self.site_names, backbone)
         if self.projected is None:
             for name, (keys, values) in states.items():
-                self.keys[parameter_name(name)] = nn.Parameter(keys.float())
-                self.values[parameter_name(name)] = nn.Parameter(values.float())
+                self.keep(name, keys.float(), values.float())
         return self.to(backbone.device)
+
+    def keep(self, site: str, keys: Tensor, values: Tensor) -> None:
+        """Makes a site's keys and values ``[tokens, kv_heads, head_dim]`` the brick's own."""
+        self.keys[parameter_name(site)] = nn.Parameter(keys)
+        self.values[parameter_name(site)] = nn.Parameter(values)
+
+    @property
+    def computed(self) -> bool:
+        """Whether keys and values are computed anew in each pass, so that gradients find parts."""
+        return self.projected is not None
 
     def states(self, site: str) -> States:
         """What the prefix holds for a site, computed where a network does it."""
@@ -112,9 +121,9 @@ class Prefix(Brick):
     def plugs(self) -> Iterable[KV]:
         """Keys and values for each site."""
         for site in self.site_names:
-            if self.projected is None:
+            if not self.computed:
                 yield KV(site, *self.states(site))
-            else:  # computed anew in each pass, so that gradients find the network
+            else:
                 part = functools.partial(self._state, site)
                 yield KV(site, functools.partial(part, 0), functools.partial(part, 1))
 
@@ -141,9 +150,9 @@ class Prefix(Brick):
                 "the backbone needs: it was made for other sites or another model."
             )
         self.projected = None
-        for name, value in tensors.items():
-            what, key = name.split(".", 1)
-            getattr(self, what)[key] = nn.Parameter(value.float().to(own[name].device))
+        for site in self.site_names:
+            pair = (f"{what}.{parameter_name(site)}" for what in ("keys", "values"))
+            self.keep(site, *(tensors[name].float().to(own[name].device) for name in pair))
 
     def body_files(self) -> dict[str, bytes]:
         """PEFT's two files where PEFT can say what the prefix is, else ``brick.safetensors``."""
@@ -151,7 +160,11 @@ class Prefix(Brick):
         flat = None if self.layout is None else self.layout.flatten(states)
         if self.layout is None or flat is None:
             return super().body_files()
-        return self.layout.write(flat)
+        return self.layout.write(flat, **self.format())
+
+    def format(self) -> dict[str, Any]:
+        """PEFT's name for what this is, and what its config says beyond the shape."""
+        return {"peft_type": "PREFIX_TUNING"}
 
     @classmethod
     def restore(
@@ -162,12 +175,8 @@ class Prefix(Brick):
         Raises:
             UserError: another kind of adapter, or one for a model of another shape.
         """
-        if CONFIG_FILE in files:
-            states = prefix_files.read_states(files, backbone)
-        else:
-            states = _native(load(files[NATIVE_FILE]), interface["sites"], backbone)
-        tokens = len(next(iter(states.values()))[0])
-        plain = {"tokens": tokens, "init": "vocabulary", "text": None, "layers": None}
+        states, _ = read_states(interface, files, backbone)
+        plain = {"tokens": length(states), "init": "vocabulary", "text": None, "layers": None}
         plain |= {"sites": list(states), "projection": None}
         return cls(**(interface.get("hyper") or plain)).hold(states, backbone)
 
@@ -252,6 +261,24 @@ def token_states(backbone: Backbone, ids: Tensor, sites: list[str]) -> dict[str,
         name: (keys[0].transpose(0, 1).float(), values[0].transpose(0, 1).float())
         for name, (keys, values) in noted.items()
     }
+
+
+def read_states(
+    interface: Mapping[str, Any], files: Mapping[str, bytes], backbone: Backbone
+) -> tuple[dict[str, States], dict[str, Any]]:
+    """Keys and values by site from PEFT's two files or from our own, and PEFT's config.
+
+    Raises:
+        UserError: another kind of adapter, or one for a model of another shape.
+    """
+    if CONFIG_FILE in files:
+        return prefix_files.read_states(files, backbone)
+    return _native(load(files[NATIVE_FILE]), interface["sites"], backbone), {}
+
+
+def length(states: Mapping[str, States]) -> int:
+    """How many virtual tokens keys and values are of."""
+    return len(next(iter(states.values()))[0])
 
 
 def _native(

@@ -1,4 +1,4 @@
-"""Prefixes in PEFT's format: one row of numbers for each virtual token.
+"""Prefixes and cartridges in PEFT's format: one row of numbers for each virtual token.
 
     prompt_embeddings [tokens, layers · 2 · kv_heads · head_dim]     layer 0 keys, layer 0 values, …
 
@@ -10,9 +10,10 @@ prefix; one that does not is beyond the format.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from torch import Tensor
 from cfm_train.backbone.sites import AttentionSite
 from cfm_train.bricks import prompt_files
 from cfm_train.errors import UserError
+from cfm_train.library.peft_format import CONFIG_FILE
 
 if TYPE_CHECKING:
     from cfm_train.backbone.load import Backbone
@@ -61,15 +63,21 @@ class Layout:
         )
         return flat.flatten(1) if same else None
 
-    def write(self, flat: Tensor) -> dict[str, bytes]:
-        """The two files of a prefix that `flatten` gave."""
+    def write(self, flat: Tensor, peft_type: str, **more: Any) -> dict[str, bytes]:
+        """The two files of a prefix that `flatten` gave.
+
+        Args:
+            flat: the prefix.
+            peft_type: ``PREFIX_TUNING`` or ``CARTRIDGE``.
+            **more: keys that the type's config has beyond the shape.
+        """
         shape = {
             "token_dim": self.heads * self.width,
             "num_attention_heads": self.heads,
             "num_layers": len(self.sites),
         }
         submodules = 2 if self.family == "encoder-decoder" else 1
-        return prompt_files.write("PREFIX_TUNING", self.family, flat, shape, submodules)
+        return prompt_files.write(peft_type, self.family, flat, {**shape, **more}, submodules)
 
     def states(self, flat: Tensor) -> dict[str, States]:
         """Keys and values by site from what PEFT stored ``[tokens, …]``."""
@@ -101,13 +109,18 @@ def peft_layout(backbone: Backbone) -> Layout | None:
     )
 
 
-def read_states(files: Mapping[str, bytes], backbone: Backbone) -> dict[str, States]:
-    """Keys and values by site from PEFT's two files.
+def read_states(
+    files: Mapping[str, bytes], backbone: Backbone
+) -> tuple[dict[str, States], dict[str, Any]]:
+    """Keys and values by site from PEFT's two files, and the config in one of them.
 
     Raises:
         UserError: another kind of adapter, or one for a model of another shape.
     """
-    config, flat = prompt_files.read_adapter(files, "prefix", backbone)
+    cartridge = json.loads(files[CONFIG_FILE]).get("peft_type") == "CARTRIDGE"
+    config, flat = prompt_files.read_adapter(
+        files, "cartridge" if cartridge else "prefix", backbone
+    )
     layout = peft_layout(backbone)
     wanted = None if layout is None else 2 * len(layout.sites) * layout.heads * layout.width
     if layout is None or flat.shape[1] != wanted or config["num_layers"] != len(layout.sites):
@@ -116,4 +129,4 @@ def read_states(files: Mapping[str, bytes], backbone: Backbone) -> dict[str, Sta
             f"layers, but the backbone '{backbone.id}' takes {wanted}: it was trained on another "
             "model."
         )
-    return layout.states(flat)
+    return layout.states(flat), config

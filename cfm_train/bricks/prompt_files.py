@@ -32,10 +32,11 @@ def write(
     """The two files of a prompt adapter.
 
     Args:
-        peft_type: ``PROMPT_TUNING`` or ``PREFIX_TUNING``.
+        peft_type: ``PROMPT_TUNING``, ``PREFIX_TUNING`` or ``CARTRIDGE``.
         family: the backbone's.
         embeddings: ``[tokens, width]``.
-        shape: ``token_dim``, ``num_attention_heads`` and ``num_layers``, as PEFT means them.
+        shape: ``token_dim``, ``num_attention_heads`` and ``num_layers``, as PEFT means them, and
+            what else the type's config has.
         submodules: PEFT's number of stacks that share the prompt.
     """
     config: dict[str, Any] = {

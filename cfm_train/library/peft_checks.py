@@ -20,6 +20,7 @@ KINDS = {
     "IA3": "ia3",
     "PROMPT_TUNING": "soft_prompt",
     "PREFIX_TUNING": "prefix",
+    "CARTRIDGE": "cartridge",
 }
 #: Keys of their PEFT configs that these kinds compute.
 COMPUTED = {
@@ -49,6 +50,12 @@ COMPUTED = {
             "num_virtual_tokens", "token_dim", "num_transformer_submodules",
             "num_attention_heads", "num_layers", "modules_to_save", "encoder_hidden_size",
             "prefix_projection", "init_weights",
+        }
+    ),
+    "cartridge": frozenset(
+        {
+            "num_virtual_tokens", "token_dim", "num_transformer_submodules",
+            "num_attention_heads", "num_layers", "modules_to_save", "num_frozen_tokens",
         }
     ),
 }  # fmt: skip
@@ -164,6 +171,7 @@ TENSOR_CHECKS = {
     "ia3": _check_ia3_tensors,
     "soft_prompt": _check_prompt_tensors,
     "prefix": _check_prompt_tensors,
+    "cartridge": _check_prompt_tensors,
 }
 
 

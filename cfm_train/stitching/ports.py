@@ -122,7 +122,7 @@ def _port(kind: str, hyper: Mapping[str, Any], site: str) -> tuple[Port, str]:
         return (Port.INPUT if scales_input else Port.OUTPUT), "IA3"
     if kind == "peft":
         return (Port.TOKENS if hyper["tuner"] == "p_tuning" else Port.ALONE), hyper["tuner"]
-    if kind in ("soft_prompt", "prefix"):
+    if kind in ("soft_prompt", "prefix", "cartridge", "document"):
         return (Port.TOKENS if kind == "soft_prompt" else Port.KEYS), kind
     return (Port.ADDED if kind == "delta" else Port.ALONE), kind
 
