@@ -36,9 +36,7 @@ class Document(Prefix):
 
     trains: ClassVar[bool] = False
 
-    def __init__(
-        self, tokens: Positive | None, sites: list[str], layers: list[int] | None
-    ) -> None:
+    def __init__(self, tokens: Positive | None, sites: list[str], layers: list[int] | None) -> None:
         super().__init__(1, "text", None, sites, layers, None)
         self.hyper = {"tokens": tokens, "sites": sites, "layers": layers}
         self.document: Tensor | None = None

@@ -17,14 +17,17 @@ from cfm_train.config.section import Section
 from cfm_train.config.sections import (
     SHA256,
     Architecture,
+    Asking,
     Backbone,
     Brick,
     Calibration,
     Corpora,
     Data,
+    Documents,
     Evaluation,
     EvaluationData,
     Intervals,
+    Objective,
     PredictionData,
     Tokenizer,
     Tracking,
@@ -59,6 +62,18 @@ class Train(Run):
     data: Data
     trainer: Trainer
     evaluation: Evaluation
+
+
+class Study(Run):
+    """Teach a brick what documents say, and ask about them."""
+
+    backbone: Backbone
+    brick: Brick
+    objective: Objective | None
+    data: Documents
+    distractors: list[str]
+    trainer: Trainer
+    evaluation: Asking
 
 
 class Pretrain(Run):
@@ -182,6 +197,7 @@ class Sequence(Run):
 
 OPERATIONS: dict[str, type[Run]] = {
     "train": Train,
+    "study": Study,
     "pretrain": Pretrain,
     "evaluate": Evaluate,
     "predict": Predict,

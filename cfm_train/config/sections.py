@@ -140,6 +140,42 @@ class PredictionData(Section):
     text: str | list[str] | None
 
 
+class Documents(Section):
+    """Documents to be learnt, and what is asked about them.
+
+    ``most_questions`` and both fractions choose by content hash.
+    """
+
+    documents: str
+    text: str
+    unit: Literal["line", "paragraph", "file"]
+    passage: Positive
+    questions: str | None
+    most_questions: Positive | None
+    validation_fraction: Share
+    test_fraction: Share
+    unrelated: str | None
+    unrelated_unit: Literal["line", "paragraph", "file"]
+    unrelated_fraction: Share
+    max_length: Annotated[int, Field(ge=8)]
+    context: Annotated[int, Field(ge=8)]
+
+
+class Objective(Section):
+    """What is minimised on documents; its own parameters are added from its class."""
+
+    model_config = ConfigDict(extra="allow")
+
+    kind: Literal["?"]  # replaced by the kinds that exist
+
+
+class Asking(Section):
+    """How a brick of documents is judged by its answers."""
+
+    bootstrap: Positive
+    generate: bool
+
+
 class Calibration(Section):
     """What a bridge between two models is fitted on before any training."""
 

@@ -102,6 +102,10 @@ def constants(room: str, kind: str, base: str) -> dict[str, Any]:
     for part in found[1].body if found else ():
         if isinstance(part, ast.Assign) and isinstance(part.value, ast.Constant):
             values |= {t.id: part.value.value for t in part.targets if isinstance(t, ast.Name)}
+        if isinstance(part, ast.AnnAssign) and isinstance(part.value, ast.Constant):
+            values |= (
+                {part.target.id: part.value.value} if isinstance(part.target, ast.Name) else {}
+            )
     return values
 
 

@@ -80,7 +80,7 @@ def validate(config: Mapping[str, Any], *, missing_allowed: bool = False) -> dic
 
 
 def model_of(config: Mapping[str, Any]) -> type[schema.Run]:
-    """The schema of a config's operation, with its brick kind's or merge's parameters in it."""
+    """The schema of a config's operation, with the parameters of its methods in it."""
     model = schema.OPERATIONS[config["operation"]]
     if "merge" in model.model_fields and isinstance(config.get("merge"), Mapping):
         merging.check_methods(config["merge"])
@@ -90,16 +90,22 @@ def model_of(config: Mapping[str, Any]) -> type[schema.Run]:
         if "search" in model.model_fields and isinstance(config.get("search"), Mapping):
             fields["search"] = (searching.model_of(str(config["search"].get("kind"))), ...)
         return create_model(model.__name__, __base__=model, **fields)
-    section = config.get("brick")
-    if "brick" not in model.model_fields or not isinstance(section, Mapping):
-        return model
-    kind = section.get("kind")
-    known = signature.kinds("bricks", "Brick")
-    if kind not in known:
-        raise UserError(
-            f"brick.kind: there is no brick kind {value(kind)}.{nearest(str(kind), known)}"
-        )
-    return create_model(model.__name__, __base__=model, brick=(brick_model(kind), ...))
+    chosen = {}
+    for key, room, base, made in (
+        ("brick", "bricks", "Brick", brick_model),
+        ("objective", "knowledge/objectives", "Objective", objective_model),
+    ):
+        section = config.get(key)
+        if key not in model.model_fields or not isinstance(section, Mapping):
+            continue
+        kind, known = section.get("kind"), signature.kinds(room, base)
+        if kind not in known:
+            raise UserError(
+                f"{key}.kind: there is no {key} kind {value(kind)}.{nearest(str(kind), known)}"
+            )
+        chosen[key] = (made(str(kind)), ...)
+    made_of: Any = chosen
+    return create_model(model.__name__, __base__=model, **made_of) if chosen else model
 
 
 @functools.cache
@@ -109,6 +115,15 @@ def brick_model(kind: str) -> type[Section]:
     for name, annotation in signature.arguments("bricks", kind, "Brick").items():
         fields[name] = (annotation, ...)
     return create_model(f"Brick_{kind}", __base__=Section, **fields)
+
+
+@functools.cache
+def objective_model(kind: str) -> type[Section]:
+    """The schema of one objective on documents, made from the arguments of its class."""
+    fields: dict[str, Any] = {"kind": (Literal[kind], ...)}
+    for name, annotation in signature.arguments("knowledge/objectives", kind, "Objective").items():
+        fields[name] = (annotation, ...)
+    return create_model(f"Objective_{kind}", __base__=Section, **fields)
 
 
 @functools.cache

@@ -100,7 +100,9 @@ def collate(encoded: Encoded, indices: np.ndarray, pad_id: int) -> dict[str, tor
         ``input_ids`` and ``attention_mask`` int64 [batch, seq]; ``index`` int64 [batch]; where the
         task has them ``labels`` (int64 [batch]; float32 [batch] or [batch, labels]; int64
         [batch, seq] with -100 where nothing is learnt; int64 [batch, target seq] for sequence to
-        sequence), ``token_type_ids`` and ``position_ids`` int64 [batch, seq].
+        sequence), ``token_type_ids`` and ``position_ids`` int64 [batch, seq]; ``context_ids`` and
+        ``context_mask`` int64 [batch, context], padded on the left so that each ends where its row
+        begins.
     """
     batch = {"input_ids": _pad(encoded, "input_ids", indices, pad_id)}
     widths = torch.from_numpy(np.diff(encoded.arrays["offsets"])[indices])
@@ -114,17 +116,26 @@ def collate(encoded: Encoded, indices: np.ndarray, pad_id: int) -> dict[str, tor
     ):
         if name in encoded.arrays:
             batch[key] = _pad(encoded, name, indices, fill)
+    if "context_ids" in encoded.arrays:
+        batch["context_ids"] = _pad(encoded, "context_ids", indices, pad_id, left=True)
+        widths = torch.from_numpy(np.diff(encoded.arrays["context_offsets"])[indices])
+        columns = torch.arange(batch["context_ids"].shape[1]).flip(0)
+        batch["context_mask"] = (columns[None, :] < widths[:, None]).long()
     if "labels" in encoded.arrays:
         batch["labels"] = torch.from_numpy(np.array(encoded.arrays["labels"][indices]))
     batch["index"] = torch.from_numpy(np.asarray(indices, np.int64))
     return batch
 
 
-def _pad(encoded: Encoded, name: str, indices: np.ndarray, fill: int) -> torch.Tensor:
+def _pad(
+    encoded: Encoded, name: str, indices: np.ndarray, fill: int, *, left: bool = False
+) -> torch.Tensor:
     parts = [encoded.slice(name, int(i)) for i in indices]
-    padded = np.full((len(parts), max(len(part) for part in parts)), fill, np.int64)
+    width = max(len(part) for part in parts)
+    padded = np.full((len(parts), width), fill, np.int64)
     for row, part in zip(padded, parts, strict=True):
-        row[: len(part)] = part
+        start = width - len(part) if left else 0
+        row[start : start + len(part)] = part
     return torch.from_numpy(padded)
 
 

@@ -31,6 +31,7 @@ OFFSETS = {
     "target_ids": "target_offsets",
     "first_tokens": "word_offsets",
     "block_rows": "block_offsets",
+    "context_ids": "context_offsets",
 }
 
 #: Raised whenever the numbers in the cache would mean something else.
@@ -43,7 +44,8 @@ class Encoded:
 
     Attributes:
         arrays: name -> array. ``input_ids`` (int32, all rows behind each other) and ``offsets``
-            (int64, [rows + 1]); ``labels`` by task type; see ``encoders``.
+            (int64, [rows + 1]); ``labels`` by task type; see ``encoders``. ``context_ids`` is what
+            a teacher reads before a row (context distillation).
         rows: the rows that the numbers were made from.
         truncated: how many rows were longer than the limit and cut.
         max_length: the limit, in tokens.
@@ -58,8 +60,9 @@ class Encoded:
     def __post_init__(self) -> None:
         # Both sides of a pair of sequences are computed, so both count: [rows] or [rows, 2].
         sides = [np.diff(self.arrays["offsets"])]
-        if "target_offsets" in self.arrays:
-            sides.append(np.diff(self.arrays["target_offsets"]))
+        for other in ("target_offsets", "context_offsets"):
+            if other in self.arrays:
+                sides.append(np.diff(self.arrays[other]))
         self.lengths = np.stack(sides, axis=-1) if len(sides) > 1 else sides[0]
 
     def __len__(self) -> int:

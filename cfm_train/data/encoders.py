@@ -161,6 +161,14 @@ def encode_causal(
     """
     if rows[0].get("prompt"):
         return _prompts([row["text"][0] for row in rows], tokenizer, settings)
+    pieces, owners = document_pieces(rows, tokenizer, settings)
+    return in_blocks(pieces, pieces, owners, settings), 0
+
+
+def document_pieces(
+    rows: list[Row], tokenizer: Any, settings: Settings
+) -> tuple[list[list[int]], list[int]]:
+    """Documents as pieces of at most ``max_length`` tokens, and the number of each one's row."""
     end = tokenizer.eos_token_id
     pieces: list[list[int]] = []
     owners: list[int] = []
@@ -173,6 +181,20 @@ def encode_causal(
             for begin in range(0, len(document) - 1, settings.max_length - 1):
                 pieces.append(document[begin : begin + settings.max_length])
                 owners.append(i)
+    return pieces, owners
+
+
+def in_blocks(
+    pieces: list[list[int]], labels: list[list[int]], owners: list[int], settings: Settings
+) -> Arrays:
+    """Pieces packed into blocks, or each alone; see `encode_causal`.
+
+    Args:
+        pieces: token ids, each at most ``max_length`` long.
+        labels: what each of their tokens is to be learnt as, -100 for not at all.
+        owners: the number of each piece's row.
+        settings: the limit, and whether pieces share blocks.
+    """
     sizes = [len(piece) for piece in pieces]
     blocks = (
         pack(sizes, settings.max_length) if settings.pack else [[i] for i in range(len(pieces))]
@@ -182,7 +204,7 @@ def encode_causal(
     arrays["input_ids"], starts = flat([pieces[i] for i in order])
     ends = np.cumsum([len(block) for block in blocks])
     arrays["offsets"] = np.concatenate([[0], starts[ends]]).astype(np.int64)
-    arrays["token_labels"] = arrays["input_ids"].copy()
+    arrays["token_labels"] = flat([labels[i] for i in order])[0]
     arrays["token_labels"][starts[:-1]] = IGNORED
     arrays["block_rows"], arrays["block_offsets"] = flat(
         [[owners[i] for i in block] for block in blocks]
@@ -191,7 +213,7 @@ def encode_causal(
         lengths = np.diff(starts)
         positions = np.arange(len(arrays["input_ids"])) - np.repeat(starts[:-1], lengths)
         arrays["position_ids"] = positions.astype(np.int32)
-    return arrays, 0
+    return arrays
 
 
 def _prompts(texts: list[str], tokenizer: Any, settings: Settings) -> tuple[Arrays, int]:

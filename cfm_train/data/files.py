@@ -1,4 +1,5 @@
-"""Rows of a local file, one at a time, each with its line: JSONL, JSON, CSV, TSV, Parquet, text.
+"""Rows of a local file, one at a time, each with its line: JSONL, JSON, CSV, TSV, Parquet, text,
+Markdown (as text).
 
 A CSV file may also have semicolons, tabs or bars between its cells, as spreadsheets write it where
 the comma is for decimals: its header tells.
@@ -26,7 +27,7 @@ from cfm_train.errors import UserError
 OTHER_DELIMITERS = ";\t|"
 
 #: Endings that are understood, each also with ``.gz`` behind it (Parquet compresses by itself).
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".md")
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ def read_file(path: Path, *, key: str, unit: str = "line") -> Iterator[Raw]:
     Args:
         path: the file.
         key: the configuration key that named it, for the error sentence.
-        unit: what a row of a ``.txt`` file is: ``line``, ``paragraph`` (by blank lines), ``file``.
+        unit: what a row of a ``.txt`` or ``.md`` file is: ``line``, ``paragraph`` (by blank lines),
+            ``file``.
 
     Yields:
         The rows in file order; blank lines are passed over.
@@ -89,7 +91,7 @@ def read_file(path: Path, *, key: str, unit: str = "line") -> Iterator[Raw]:
                 yield from _json_lines(path, stream)
             elif kind == ".json":
                 yield from _json_array(path, stream)
-            elif kind == ".txt":
+            elif kind in (".txt", ".md"):
                 yield from _text(path, stream, unit)
             else:
                 yield from _table(path, stream, "\t" if kind == ".tsv" else None)

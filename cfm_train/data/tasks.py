@@ -24,7 +24,7 @@ METRICS: dict[str, tuple[str, ...]] = {
 }
 
 #: All other metrics are better when they are higher.
-LOWER_IS_BETTER = frozenset({"loss", "perplexity", "rmse", "bits_per_byte"})
+LOWER_IS_BETTER = frozenset({"loss", "perplexity", "rmse", "bits_per_byte", "perplexity_ratio"})
 
 #: Task types whose answer is one of (or some of) a list of labels.
 LABELLED = frozenset({"classification", "multilabel", "token"})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -32,32 +32,45 @@ def answer_texts(
         (said, right) for each row.
     """
     pairs = [_prompt_and_target(spec, encoded, row) for row in rows]
-    tokenizer = backbone.tokenizer
     answers: list[tuple[str, str]] = []
     for start in range(0, len(pairs), ROWS):
-        part = pairs[start : start + ROWS]
-        width = max(len(prompt) for prompt, _ in part)
-        ids = torch.full((len(part), width), tokenizer.pad_token_id, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        left = backbone.family == "decoder"  # what is generated follows the last prompt token
-        for i, (prompt, _) in enumerate(part):
-            where = slice(width - len(prompt), width) if left else slice(0, len(prompt))
-            ids[i, where] = torch.tensor(prompt)
-            mask[i, where] = 1
-        longest = max(len(target) for _, target in part) or limit
-        written = backbone.model.generate(
-            input_ids=ids.to(backbone.device),
-            attention_mask=mask.to(backbone.device),
-            max_new_tokens=min(limit, max(8, 2 * longest)),
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        new = written[:, width:] if left else written
-        said = tokenizer.batch_decode(new, skip_special_tokens=True)
-        right = tokenizer.batch_decode([target for _, target in part], skip_special_tokens=True)
+        prompts, targets = zip(*pairs[start : start + ROWS], strict=True)
+        longest = max(len(target) for target in targets) or limit
+        said = write(backbone, prompts, min(limit, max(8, 2 * longest)))
+        right = backbone.tokenizer.batch_decode(list(targets), skip_special_tokens=True)
         answers += [(a.strip(), b.strip()) for a, b in zip(said, right, strict=True)]
     return answers
+
+
+@torch.inference_mode()
+def write(backbone: Backbone, prompts: Sequence[list[int]], most: int) -> list[str]:
+    """What a language model, as it is plugged, writes after some prompts, greedily.
+
+    Args:
+        backbone: a language model.
+        prompts: token ids, all in one batch.
+        most: most new tokens.
+    """
+    tokenizer = backbone.tokenizer
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), width), tokenizer.pad_token_id, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    left = backbone.family == "decoder"  # what is generated follows the last prompt token
+    for i, prompt in enumerate(prompts):
+        where = slice(width - len(prompt), width) if left else slice(0, len(prompt))
+        ids[i, where] = torch.tensor(prompt)
+        mask[i, where] = 1
+    written = backbone.model.generate(
+        input_ids=ids.to(backbone.device),
+        attention_mask=mask.to(backbone.device),
+        max_new_tokens=most,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    new = written[:, width:] if left else written
+    texts: list[str] = tokenizer.batch_decode(new, skip_special_tokens=True)
+    return texts
 
 
 def prompt_text(backbone: Backbone, spec: TaskSpec, encoded: Encoded, row: int) -> str:

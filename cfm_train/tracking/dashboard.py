@@ -24,7 +24,7 @@ _ASSETS = Path(__file__).resolve().parent / "assets"
 #: In this order: helpers first, the part that starts everything last.
 _SCRIPTS = (
     "base", "headline", "ranking", "matrix", "chart", "tuning", "reasons", "curves", "costs",
-    "search", "lineage", "tables", "main",
+    "search", "arms", "lineage", "tables", "main",
 )  # fmt: skip
 
 

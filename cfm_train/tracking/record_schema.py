@@ -165,6 +165,56 @@ class Heatmap(TypedDict):
 
 
 @with_config(_STRICT)
+class Arm(TypedDict):
+    """What one way to answer questions came to: nats per answer token, shares of 1 else.
+
+    ``name`` is ``bare``, ``text`` (the passage in the prompt), ``brick``, ``both`` or ``among
+    others`` (the brick beside other cartridges); ``exact_match`` is of freely written answers.
+    """
+
+    name: str
+    loss: Figure
+    token_accuracy: Figure
+    exact_match: NotRequired[Figure]
+
+
+@with_config(_STRICT)
+class Gain(TypedDict):
+    """What one arm has over another, paired question by question; of a loss, less is better."""
+
+    arm: str
+    over: str
+    loss: Figure
+    token_accuracy: Figure
+    exact_match: NotRequired[Figure]
+
+
+@with_config(_STRICT)
+class Unrelated(TypedDict):
+    """Perplexity on text that has nothing to do with the brick: without it, with it, the ratio."""
+
+    bare_perplexity: Figure
+    brick_perplexity: Figure
+    perplexity_ratio: Figure
+
+
+@with_config(_STRICT)
+class Arms(TypedDict):
+    """A knowledge brick's answers beside those of its text in the prompt.
+
+    ``questions`` is how many test questions, ``made`` who made them (``given`` by a person, or
+    ``by rule``), ``cut`` how many passages were too long for a context.
+    """
+
+    questions: int
+    made: Literal["given", "by rule"]
+    cut: int
+    arms: list[Arm]
+    gains: list[Gain]
+    unrelated: Unrelated | None
+
+
+@with_config(_STRICT)
 class Trial(TypedDict):
     """A point that a search tried: a number for each axis, the mean score and that of each task."""
 
@@ -229,5 +279,6 @@ class Record(TypedDict):
     refitted: NotRequired[list[Cell]]
     comparison: NotRequired[Comparison]
     search: NotRequired[Search]
+    arms: NotRequired[Arms]
     error: NotRequired[str | None]
     folder: NotRequired[str]

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cfm_train.data.tasks import LOWER_IS_BETTER
+from cfm_train.tracking.arms_view import arms
 from cfm_train.tracking.matrix_view import competes, matrix_view
 
 _WIDTH = 500  # where nobody looks on: a pipe or a file
@@ -106,7 +107,9 @@ def _summary(record: Mapping[str, Any], *, plain: bool) -> list[Any]:
     parts: list[Any] = []
     if record.get("error"):
         parts.append(Text(str(record["error"]), "red"))
-    if len(record["metrics"]) > _MOST_FIGURES and record["matrix"]:
+    if "arms" in record:
+        parts.append(arms_table(record, plain=plain))
+    elif len(record["metrics"]) > _MOST_FIGURES and record["matrix"]:
         parts.append(matrix_table(record["matrix"], plain=plain))
         parts.append(Text(f"{len(record['metrics'])} figures in the record", "dim"))
     elif record["metrics"]:
@@ -137,6 +140,29 @@ def _summary(record: Mapping[str, Any], *, plain: bool) -> list[Any]:
     if brick := record["brick"]:
         parts.append(Text(f"brick {brick['name']}@{brick['version']} in {brick['path']}"))
     return parts
+
+
+def arms_table(record: Mapping[str, Any], *, plain: bool = False) -> Table:
+    """The arms of a knowledge brick, what one has over another, and the cost on other text."""
+    (found,) = arms([record], [record["name"]])
+    table = _table(plain)
+    table.add_column(f"{found['questions']} questions, {found['made']}")
+    for metric in found["metrics"]:
+        table.add_column(metric.replace("_", " "), justify="right")
+    for row in [*found["arms"], *found["gains"]]:
+        texts = []
+        for metric, figure in zip(found["metrics"], row["figures"], strict=True):
+            text = Text(score_text(figure["value"], metric), "bold" if figure.get("clear") else "")
+            texts.append(text.append(f"  {interval_text(figure, metric)}", "dim not bold"))
+        table.add_row(row["name"], *texts)
+    if found["unrelated"]:
+        ratio = found["unrelated"]["perplexity_ratio"]
+        said = interval_text(ratio, "perplexity_ratio")
+        table.caption = (
+            f"unrelated text: perplexity × {score_text(ratio['value'], 'perplexity_ratio')}  {said}"
+        )
+        table.caption_justify = "left"
+    return table
 
 
 def cost_text(cost: Mapping[str, Any]) -> str:

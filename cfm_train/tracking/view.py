@@ -12,6 +12,7 @@ from typing import Any
 
 from cfm_train.data.tasks import LOWER_IS_BETTER
 from cfm_train.tracking import comparison_view
+from cfm_train.tracking.arms_view import arms
 from cfm_train.tracking.lineage_view import lineage, link
 from cfm_train.tracking.matrix_view import (
     COMPETES,
@@ -37,8 +38,8 @@ def view(records: Sequence[Mapping[str, Any]], folder: Path) -> Json:
         folder: where the page will lie: links are relative to it.
 
     Returns:
-        JSON-ready: runs, matrix, headline, checks, curves, costs, searches, lineage, samples; and
-        of a comparison itself and the matrix with refitted heads.
+        JSON-ready: runs, matrix, headline, checks, curves, costs, searches, arms, lineage, samples;
+        and of a comparison itself and the matrix with refitted heads.
     """
     labels = distinct_labels([record["name"] for record in records], records)
     runs = [_run(at, r, labels[at], folder) for at, r in enumerate(records)]
@@ -67,6 +68,7 @@ def view(records: Sequence[Mapping[str, Any]], folder: Path) -> Json:
         "checks": _checks(records),
         "curves": _curves(records, labels, folder),
         "searches": searches(records, labels),
+        "arms": arms(records, labels),
         "lineage": lineage(records, folder),
         "samples": [{"run": at, **s} for at, r in enumerate(records) for s in r["samples"]],
         "lower_is_better": sorted(LOWER_IS_BETTER),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils.data import IterableDataset
 from cfm_train.data.batches import BatchStream, collate, in_order
 from cfm_train.data.encode import Encoded
 from cfm_train.data.tasks import IGNORED
-from cfm_train.training.objectives import Batch
+from cfm_train.training.objectives import BESIDE, Batch
 
 
 def make_batch(task: str, encoded: Encoded, indices: object, pad_id: int) -> Batch:
@@ -40,6 +41,19 @@ def plan_steps(stream: BatchStream, settings: Mapping[str, Any]) -> tuple[int, i
     return total, min(total, settings["validate_every"] or epoch)
 
 
+@dataclass(frozen=True)
+class Beside:
+    """Rows that come beside those of a step, see `objectives.Learning`.
+
+    Attributes:
+        stream: which of them make up which micro-step.
+        rows: the rows.
+    """
+
+    stream: BatchStream
+    rows: Encoded
+
+
 class StepDataset(IterableDataset):
     """Groups of micro-batches, one group for each optimiser step, without end.
 
@@ -48,14 +62,21 @@ class StepDataset(IterableDataset):
         splits: training rows by task name.
         accumulate: micro-batches of one optimiser step.
         pad_id: the tokenizer's padding token.
+        beside: batches of other rows, of which each micro-batch gets one beside it; None for none.
 
     Attributes:
         start: the step that iteration begins with; a resumed run sets it.
     """
 
     def __init__(
-        self, stream: BatchStream, splits: Mapping[str, Encoded], accumulate: int, pad_id: int
+        self,
+        stream: BatchStream,
+        splits: Mapping[str, Encoded],
+        accumulate: int,
+        pad_id: int,
+        beside: Beside | None = None,
     ) -> None:
+        self.beside = beside
         self.stream = stream
         self.splits = splits
         self.accumulate = accumulate
@@ -68,6 +89,9 @@ class StepDataset(IterableDataset):
         for micro in range(step * self.accumulate, (step + 1) * self.accumulate):
             task, indices = self.stream.batch_at(micro)
             group.append(make_batch(task, self.splits[task], indices, self.pad_id))
+            if self.beside is not None:
+                _, indices = self.beside.stream.batch_at(micro)
+                group.append(make_batch(BESIDE, self.beside.rows, indices, self.pad_id))
         return group
 
     def __iter__(self) -> Iterator[list[Batch]]:

@@ -26,6 +26,7 @@ from cfm_train.training.callbacks import MetricsLog, Progress
 from cfm_train.training.checkpoint import AtomicCheckpointIO, ExactCheckpoint, Position
 from cfm_train.training.cost import peak_flops
 from cfm_train.training.dataset import (
+    Beside,
     EvaluationDataset,
     StepDataset,
     evaluation_tokens,
@@ -33,6 +34,7 @@ from cfm_train.training.dataset import (
 )
 from cfm_train.training.lr_finder import find_learning_rate
 from cfm_train.training.module import MONITOR, BrickModule, Optimisation
+from cfm_train.training.objectives import BESIDE, Learning
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ def fit(
     callbacks: list[Callback] | None = None,
     mixed: bool = False,
     keep_last: bool = False,
+    learning: Learning | None = None,
 ) -> Fitted:
     """Trains a brick, or goes on where a killed run left off, and puts its best state into it.
 
@@ -91,6 +94,7 @@ def fit(
         callbacks: more Lightning callbacks.
         mixed: whether matrix products are done in bfloat16 while weights stay in float32.
         keep_last: whether the last step is kept, whatever validation says of it.
+        learning: what is minimised in place of the task types' own objectives.
 
     Raises:
         Diverged: see `BrickModule.training_step`.
@@ -105,7 +109,8 @@ def fit(
     )
     total, every = plan_steps(stream, settings)
     pad_id = backbone.tokenizer.pad_token_id
-    dataset = StepDataset(stream, splits, settings["accumulate"], pad_id)
+    beside = None if learning is None else _beside(learning, settings, seed)
+    dataset = StepDataset(stream, splits, settings["accumulate"], pad_id, beside)
     validation = {name: task.validation for name, task in tasks.items() if task.validation}
     options = Optimisation(
         learning_rate=settings["learning_rate"],
@@ -128,9 +133,9 @@ def fit(
     if position.learning_rate is not None:
         options = replace(options, learning_rate=position.learning_rate)
     elif settings["find_learning_rate"]:
-        module = BrickModule(backbone, brick, specs, options)
+        module = BrickModule(backbone, brick, specs, options, learning)
         options = replace(options, learning_rate=find_learning_rate(module, dataset, folder))
-    module = BrickModule(backbone, brick, specs, options)
+    module = BrickModule(backbone, brick, specs, options, learning)
     dataset.start = position.step
 
     peak = peak_flops(torch.bfloat16 if mixed else backbone.dtype, backbone.device)
@@ -215,6 +220,19 @@ def _trainer(
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
+
+
+def _beside(learning: Learning, settings: Mapping[str, Any], seed: int) -> Beside | None:
+    """The batches that come beside those of the tasks."""
+    if learning.beside is None:
+        return None
+    stream = BatchStream(
+        {BESIDE: learning.beside.lengths},
+        tokens_per_batch=settings["tokens_per_batch"],
+        rows_per_batch=settings["rows_per_batch"],
+        seed=seed,
+    )
+    return Beside(stream, learning.beside)
 
 
 def _as_is(batch: Any) -> Any:

@@ -26,7 +26,14 @@ from cfm_train.bricks.brick import Brick
 from cfm_train.data.tasks import HEADED, TaskSpec
 from cfm_train.evaluation.evaluator import Answers
 from cfm_train.training.cost import work_of
-from cfm_train.training.objectives import Batch, Result, compute, count_items
+from cfm_train.training.objectives import (
+    BESIDE,
+    Batch,
+    Learning,
+    Result,
+    compute,
+    count_items,
+)
 from cfm_train.training.schedule import factor
 from cfm_train.training.seeding import reseed
 
@@ -92,6 +99,7 @@ class BrickModule(pl.LightningModule):
         brick: the brick, built for that backbone.
         specs: the tasks by name; a batch names its task in ``batch["task"]``.
         optimisation: see `Optimisation`.
+        learning: what is minimised in place of the task types' own objectives; None for those.
     """
 
     def __init__(
@@ -100,6 +108,7 @@ class BrickModule(pl.LightningModule):
         brick: Brick,
         specs: Mapping[str, TaskSpec],
         optimisation: Optimisation,
+        learning: Learning | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -110,6 +119,7 @@ class BrickModule(pl.LightningModule):
         self.specs = dict(specs)
         self.answers: dict[str, Answers] = {}
         self.optimisation = optimisation
+        self.learning = learning
         self.rows_seen = 0
         self.tokens_seen = 0
         self.flops = 0.0
@@ -162,6 +172,8 @@ class BrickModule(pl.LightningModule):
 
     def loss_of(self, batch: Batch) -> Result:
         """The objective on one micro-batch."""
+        if self.learning is not None:
+            return self.learning.loss(self.backbone, self.brick, batch, training=self.training)
         task = batch["task"]
         head = self.brick.head_for(task)
         return compute(self.specs[task].type, self.backbone, head, batch)
@@ -174,17 +186,20 @@ class BrickModule(pl.LightningModule):
         """
         step = self.global_step
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
-        total = max(1, sum(count_items(self.specs[b["task"]].type, b) for b in group))
+        totals = self._totals(group)
         optimizer.zero_grad(set_to_none=True)  # type: ignore[union-attr]
         loss = 0.0
         for micro, batch in enumerate(group):
             reseed(self.optimisation.seed, "step", step, micro)
             result = self.loss_of(batch)
-            value = result.loss.item() / total
+            beside = batch["task"] == BESIDE
+            value, share = result.loss.item() / totals[beside], result.loss / totals[beside]
+            if beside and self.learning is not None:
+                value, share = value * self.learning.weight, share * self.learning.weight
             if not math.isfinite(value):
                 raise Diverged(f"the loss is {value} at step {step + 1}", bad_rows(result, batch))
             loss += value
-            self.manual_backward(result.loss / total)
+            self.manual_backward(share)
         penalty = self.brick.penalty()
         if penalty is not None:  # once a step, whatever the number of micro-batches
             loss += penalty.item()
@@ -217,6 +232,14 @@ class BrickModule(pl.LightningModule):
             "flops": flops,
             "seconds": seconds,
         }
+
+    def _totals(self, group: list[Batch]) -> dict[bool, int]:
+        """How many items a step's loss is divided by: its own, and those of rows beside them."""
+        totals = {False: 0, True: 0}
+        for batch in group:
+            kind = "causal" if self.learning is not None else self.specs[batch["task"]].type
+            totals[batch["task"] == BESIDE] += count_items(kind, batch)
+        return {beside: max(1, total) for beside, total in totals.items()}
 
     def _watch(self, loss: float, step: int, group: list[Batch]) -> None:
         self._window.append(loss)

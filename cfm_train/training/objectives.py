@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,10 @@ from torch.nn import functional as F
 from cfm_train.backbone.load import Backbone
 from cfm_train.bricks.heads import Head
 from cfm_train.data.tasks import HEADED, IGNORED
+
+if TYPE_CHECKING:
+    from cfm_train.bricks.brick import Brick
+    from cfm_train.data.encode import Encoded
 
 Batch = dict[str, Any]
 
@@ -46,6 +50,26 @@ class Result:
     logits: Tensor | None
     row_loss: Tensor
     row_count: Tensor
+
+
+class Learning(Protocol):
+    """What is minimised in place of the task types' own objectives (knowledge bricks).
+
+    Attributes:
+        beside: rows of which every step takes a micro-batch beside each of its own, None for none.
+        weight: the factor on their loss; it is divided by their own item count.
+    """
+
+    beside: Encoded | None
+    weight: float
+
+    def loss(self, backbone: Backbone, brick: Brick, batch: Batch, *, training: bool) -> Result:
+        """The loss of one micro-batch; the brick is plugged in."""
+        ...
+
+
+#: The task name of batches from ``Learning.beside``.
+BESIDE = "unrelated"
 
 
 def count_items(task_type: str, batch: Batch) -> int:
@@ -116,20 +140,52 @@ def _tokens(logits: Tensor, labels: Tensor) -> Result:
     return Result(losses.sum(), int(counts.sum()), logits, losses.detach().sum(dim=1), counts)
 
 
-def _next_token(backbone: Backbone, batch: Batch) -> Result:
-    """Next-token loss; the vocabulary is multiplied only where some row has a label."""
-    labels = batch["labels"]
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # token i predicts token i + 1
-    positions = (targets != IGNORED).any(dim=0).nonzero()[:, 0]
+def next_token_logits(backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor]:
+    """What is said about the tokens that have a label, with whatever is plugged in.
+
+    The vocabulary is multiplied only where some row has a label.
+
+    Args:
+        backbone: a language model.
+        batch: ``input_ids``, ``labels`` (-100 where nothing counts), and ``position_ids`` or
+            ``attention_mask``, int64 ``[batch, seq]``.
+
+    Returns:
+        Logits ``[batch, places, vocabulary]``, and what is right there, -100 where nothing counts,
+        int64 ``[batch, places]``.
+    """
+    targets, positions = next_tokens(batch["labels"])
     # A block of several documents says where each begins by its positions alone: transformers keeps
     # them apart in attention only where it is given no mask (padding then is a document of its
     # own).
     key = "position_ids" if "position_ids" in batch else "attention_mask"
-    extra = {key: batch[key]}
+    logits = logits_at(backbone, positions, input_ids=batch["input_ids"], **{key: batch[key]})
+    return logits, targets[:, positions]
+
+
+def next_tokens(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels moved to the token that predicts them, and the places where any row has one.
+
+    Args:
+        labels: int64 ``[batch, seq]``, -100 where nothing counts.
+
+    Returns:
+        Targets ``[batch, seq]`` and places ``[places]``.
+    """
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)  # token i predicts token i + 1
+    return targets, (targets != IGNORED).any(dim=0).nonzero()[:, 0]
+
+
+def logits_at(backbone: Backbone, positions: Tensor, **inputs: Tensor) -> Tensor:
+    """Logits ``[batch, places, vocabulary]`` at some places; the others are left out early."""
+    extra: dict[str, Any] = {}
     if "logits_to_keep" in inspect.signature(backbone.model.forward).parameters:
         extra["logits_to_keep"] = positions
-    logits = backbone.logits(input_ids=batch["input_ids"], **extra)
-    if logits.shape[1] != len(positions):
-        logits = logits[:, positions]
-    result = _tokens(logits, targets[:, positions])
+    logits = backbone.logits(**inputs, **extra)
+    return logits if logits.shape[1] == len(positions) else logits[:, positions]
+
+
+def _next_token(backbone: Backbone, batch: Batch) -> Result:
+    """Next-token loss."""
+    result = _tokens(*next_token_logits(backbone, batch))
     return Result(result.loss, result.count, None, result.row_loss, result.row_count)

@@ -14,7 +14,13 @@ from cfm_train.config.catalogue import groups, recipes
 from cfm_train.config.compose import as_yaml, compose, expand, option
 from cfm_train.config.merging import ROOMS, Merging, complete, methods, own_arguments
 from cfm_train.config.quoting import decode
-from cfm_train.config.validate import MISSING, brick_model, leaves, validate
+from cfm_train.config.validate import (
+    MISSING,
+    brick_model,
+    leaves,
+    objective_model,
+    validate,
+)
 from cfm_train.errors import UserError
 
 #: A value for each key that a recipe may ask of a person.
@@ -71,6 +77,9 @@ def test_every_option_fits_its_schema(group: str, name: str) -> None:
         searching.model_of(name).model_validate(option(group, name))
         return
     section = option(group, name, **given)
+    if group == "objective":
+        objective_model(section["kind"]).model_validate(section)
+        return
     kind = brick_model(section["kind"]) if group == "brick" else SECTIONS[group]
     kind.model_validate(section)
 

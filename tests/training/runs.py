@@ -19,6 +19,7 @@ from cfm_train.tracking.metrics_file import MetricsFile
 from cfm_train.tracking.wandb_run import WandbRun
 from cfm_train.training.checkpoint import read_position
 from cfm_train.training.fit import Fitted, fit
+from cfm_train.training.objectives import Learning
 from cfm_train.training.seeding import reseed
 from tests.tasks import TRAINER
 
@@ -61,6 +62,7 @@ def train(
     *,
     seed: int = 0,
     callbacks: Sequence[Callback] = (),
+    learning: Learning | None = None,
     **settings: Any,
 ) -> Fitted:
     """Trains the brick in a run folder, going on from a checkpoint where there is one."""
@@ -80,6 +82,7 @@ def train(
         metrics=metrics,
         wandb=WandbRun("disabled", "p", None, "train", [], {}, folder),
         callbacks=list(callbacks),
+        learning=learning,
     )
 
 

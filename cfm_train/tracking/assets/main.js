@@ -22,7 +22,7 @@ function drawContents() {
 }
 
 for (const [id, draw] of Object.entries({
-  headline: drawHeadline, checks: drawChecks, ranking: drawRanking, matrix: drawMatrix, tuning: drawTuning,
+  headline: drawHeadline, checks: drawChecks, ranking: drawRanking, matrix: drawMatrix, arms: drawArms, tuning: drawTuning,
   similarity: drawSimilarity, orders: drawOrders, forgetting: drawForgetting, costs: drawCosts, searches: drawSearches,
   curves: drawCurves, lineage: drawLineage, bricks: drawBricks, samples: drawSamples, runs: drawRuns,
 })) {

@@ -1,0 +1,238 @@
+"""What is minimised: by value against plain loops in float64, and what has to be zero."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cfm_train.backbone.load import Backbone
+from cfm_train.bricks.brick import Brick
+from cfm_train.bricks.cartridge import Cartridge
+from cfm_train.bricks.kinds import make_brick
+from cfm_train.config.compose import option
+from cfm_train.data.encode import Encoded, TaskData
+from cfm_train.data.tasks import IGNORED, TaskSpec
+from cfm_train.knowledge.distractors import Distractors
+from cfm_train.knowledge.objectives.objective import (
+    Learning,
+    Objective,
+    divergence,
+    drift,
+    make_objective,
+)
+from cfm_train.knowledge.tokens import Reader
+from cfm_train.training.dataset import make_batch
+from cfm_train.training.objectives import BESIDE, count_items
+from tests.backbones import plain_model, randomise, tiny
+from tests.knowledge.handbooks import documents, text
+from tests.training.runs import BreakOff, BrokenOff, train
+
+SPEC = TaskSpec("handbook", "causal", None, "loss", False, ("text",))
+
+
+def reader_on(backbone: Backbone, folder: Path, **changed: Any) -> Reader:
+    return Reader(documents(folder, **changed), backbone.tokenizer, max_length=32, context=32)
+
+
+def objective(kind: str, reader: Reader, **changed: Any) -> Objective:
+    return make_objective({**option("objective", kind), **changed}).read(reader)
+
+
+def batch_of(encoded: Encoded, rows: Any, task: str = "handbook") -> dict[str, Any]:
+    return make_batch(task, encoded, rows, 0)
+
+
+def lora(backbone: Backbone, noise: float = 0.0) -> Brick:
+    section = option("brick", "lora")
+    brick = make_brick(section).build(backbone)
+    if noise:
+        randomise(brick, scale=noise)
+    return brick
+
+
+def cartridge(backbone: Backbone, seed: int) -> Cartridge:
+    made = Cartridge(4, "document", None, 1, ["attn"], None)
+    made = made.about(torch.arange(3 + 5 * seed, 7 + 5 * seed)).build(backbone)
+    randomise(made, seed)
+    return made
+
+
+def log_p(model: Any, ids: list[int]) -> Tensor:
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids])).logits[0]
+    return torch.log_softmax(logits.double(), dim=-1)
+
+
+def test_divergence_is_a_plain_loop_in_float64() -> None:
+    teacher, student = torch.randn(2, 3, 7), torch.randn(2, 3, 7)
+    targets = torch.tensor([[4, IGNORED, 1], [IGNORED, 0, IGNORED]])
+    total, rows = 0.0, [0.0, 0.0]
+    for row in range(2):
+        for place in range(3):
+            if targets[row, place] == IGNORED:
+                continue
+            p = torch.softmax(teacher[row, place].double(), 0)
+            q = torch.softmax(student[row, place].double(), 0)
+            value = sum(float(a * (a.log() - b.log())) for a, b in zip(p, q, strict=True))
+            total, rows[row] = total + value, rows[row] + value
+    found = divergence(teacher, student, targets)
+    assert found.loss.item() == pytest.approx(total, rel=1e-5)
+    assert found.row_loss.tolist() == pytest.approx(rows, rel=1e-5)
+    assert (found.count, found.row_count.tolist()) == (3, [2, 1])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_distillation_is_a_plain_loop_with_transformers(family: str, tmp_path: Path) -> None:
+    """Teacher: the plain model on passage and row, one by one; student: the same with a LoRA."""
+    backbone, plain = tiny(family), plain_model(family)
+    distil = objective("distill", reader_on(backbone, tmp_path, passage=20))
+    encoded, brick = distil.train_rows(), lora(backbone, noise=0.3)
+    rows = [0, 3, len(encoded) - 1]  # sentences, and a question
+    batch = batch_of(encoded, rows)
+    with backbone.slots.plugged([brick]):
+        found = distil.loss(backbone, batch)
+        expected, count = 0.0, 0
+        for row in rows:
+            ids = encoded.slice("input_ids", row).tolist()
+            context = encoded.slice("context_ids", row).tolist()
+            labels = encoded.slice("token_labels", row)
+            p = log_p(plain, context + ids)[len(context) :]
+            with torch.no_grad():
+                q = torch.log_softmax(
+                    backbone.logits(input_ids=torch.tensor([ids]))[0].double(), dim=-1
+                )
+            for i in range(1, len(ids)):
+                if labels[i] != IGNORED:
+                    expected += float((p[i - 1].exp() * (p[i - 1] - q[i - 1])).sum())
+                    count += 1
+    assert expected > 1e-2
+    assert found.loss.item() == pytest.approx(expected, rel=1e-4)
+    assert found.count == count == count_items("causal", batch)
+
+
+def test_a_teacher_without_context_teaches_nothing_new(tmp_path: Path) -> None:
+    """A kind that starts as identity begins at loss 0, and only the brick gets gradients."""
+    backbone = tiny("llama")
+    distil = objective("distill", reader_on(backbone, tmp_path))
+    batch = batch_of(distil.train_rows(), range(4))
+    with backbone.slots.plugged([lora(backbone)]):
+        assert distil.loss(backbone, batch).loss.item() > 0.1
+        for key in ("context_ids", "context_mask"):
+            del batch[key]
+        assert distil.loss(backbone, batch).loss.item() == 0.0
+
+
+def test_language_modelling_is_transformers_own_loss(tmp_path: Path) -> None:
+    """Documents whole and answers alone, packed, against each piece in a pass of its own."""
+    backbone, plain = tiny("llama"), plain_model("llama")
+    reader = reader_on(backbone, tmp_path)
+    lm = objective("lm", reader)
+    encoded = lm.train_rows()
+    found = lm.loss(backbone, batch_of(encoded, range(len(encoded))))
+    end = backbone.tokenizer.eos_token_id
+    expected, count = 0.0, 0
+    whole = [*backbone.tokenizer(reader.documents.rows[0]["text"][0])["input_ids"], end]
+    for begin in range(0, len(whole) - 1, 31):
+        ids = whole[begin : begin + 32]
+        p = log_p(plain, ids)
+        expected -= sum(float(p[i - 1, ids[i]]) for i in range(1, len(ids)))
+        count += len(ids) - 1
+    for question in reader.documents.questions["train"]:
+        ids = backbone.tokenizer(f"{question.prompt} {question.answer}")["input_ids"]
+        p = log_p(plain, ids)
+        start = len(backbone.tokenizer(question.prompt)["input_ids"])
+        expected -= sum(float(p[i - 1, ids[i]]) for i in range(start, len(ids)))
+        count += len(ids) - start
+    assert found.count == count
+    assert found.loss.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_drift_is_zero_for_a_brick_that_does_nothing(tmp_path: Path) -> None:
+    backbone = tiny("llama")
+    rows = documents(tmp_path, seed=3).rows
+    beside = reader_on(backbone, tmp_path).blocks(rows, [])
+    batch = batch_of(beside, range(len(beside)), BESIDE)
+    with backbone.slots.plugged([lora(backbone)]):
+        assert drift(backbone, batch).loss.item() == 0.0
+    with backbone.slots.plugged([lora(backbone, noise=0.3)]):
+        found = drift(backbone, batch)
+        assert found.loss.item() > 0.1
+        assert found.loss.requires_grad
+
+
+def learning_on(backbone: Backbone, folder: Path, kind: str, others: int, **changed: Any) -> Any:
+    """An objective at work with unrelated text and some distractors, and its task."""
+    (folder / "other.txt").write_text(text(40, seed=9))
+    reader = reader_on(backbone, folder, unrelated=str(folder / "other.txt"))
+    made = objective(kind, reader, **changed)
+    beside = reader.blocks(reader.documents.unrelated["train"], []) if made.keep else None
+    around = Distractors([cartridge(backbone, seed) for seed in range(1, others + 1)])
+    task = TaskData(SPEC, made.train_rows(), made.validation_rows(), None)
+    return Learning(made, beside, around), {"handbook": task}
+
+
+@pytest.mark.parametrize(("kind", "others"), [("lm", 0), ("distill", 3)])
+def test_a_killed_run_goes_on_to_the_same_brick(kind: str, others: int, tmp_path: Path) -> None:
+    """With unrelated text beside the documents, and with other cartridges drawn in each step."""
+    backbone = tiny("llama")
+    learning, tasks = learning_on(backbone, tmp_path, kind, others, keep=0.5)
+
+    def go(brick: Brick, folder: Path, *callbacks: Any) -> Any:
+        return train(
+            backbone,
+            brick,
+            tasks,
+            folder,
+            callbacks=callbacks,
+            learning=learning,
+            max_steps=6,
+            validate_every=3,
+            checkpoint_every=1,
+            accumulate=2,
+        )
+
+    straight, broken = (cartridge(backbone, 0) for _ in range(2))
+    whole = go(straight, tmp_path / "whole")
+    with pytest.raises(BrokenOff):
+        go(broken, tmp_path / "broken", BreakOff(4))
+    fresh = cartridge(backbone, 0)
+    resumed = go(fresh, tmp_path / "broken")
+    assert straight.files() == fresh.files()
+    assert (whole.rows, whole.tokens) == (resumed.rows, resumed.tokens)
+    assert not backbone.slots.plan
+
+
+def test_keeping_close_keeps_close(tmp_path: Path) -> None:
+    """With a weight on it, unrelated text moves less for the same training."""
+    backbone = tiny("llama")
+    moved = {}
+    for keep in (0.0, 20.0):
+        learning, tasks = learning_on(backbone, tmp_path, "lm", 0, keep=keep)
+        reader = learning.objective.reader
+        rows = reader.blocks(reader.documents.unrelated["test"], [])
+        brick = lora(backbone)
+        settings = {"max_steps": 25, "validate_every": 25}
+        train(backbone, brick, tasks, tmp_path / f"keep {keep}", learning=learning, **settings)
+        with backbone.slots.plugged([brick]), torch.no_grad():
+            moved[keep] = drift(backbone, batch_of(rows, range(len(rows)))).loss.item()
+    assert moved[20.0] < 0.5 * moved[0.0]
+
+
+def test_distractors_are_drawn_around_the_brick() -> None:
+    """Any number of them, in any place, never the same one twice; the same for the same seed."""
+    backbone = tiny("llama")
+    others, brick = [cartridge(backbone, seed) for seed in (1, 2)], cartridge(backbone, 0)
+    drawing = Distractors(others)
+    seen = set()
+    for seed in range(60):
+        torch.manual_seed(seed)
+        drawn = drawing.around(brick)
+        torch.manual_seed(seed)
+        assert drawn == drawing.around(brick)
+        assert brick in drawn and len(set(map(id, drawn))) == len(drawn)
+        seen.add(tuple(map(id, drawn)))
+    assert len(seen) == 1 + 2 * 2 + 2 * 3  # alone; one other before or after; both in any order
