@@ -90,7 +90,7 @@ def model_of(config: Mapping[str, Any]) -> type[schema.Run]:
         if "search" in model.model_fields and isinstance(config.get("search"), Mapping):
             fields["search"] = (searching.model_of(str(config["search"].get("kind"))), ...)
         return create_model(model.__name__, __base__=model, **fields)
-    chosen = {}
+    methods: Any = {}
     for key, room, base, made in (
         ("brick", "bricks", "Brick", brick_model),
         ("objective", "knowledge/objectives", "Objective", objective_model),
@@ -103,9 +103,8 @@ def model_of(config: Mapping[str, Any]) -> type[schema.Run]:
             raise UserError(
                 f"{key}.kind: there is no {key} kind {value(kind)}.{nearest(str(kind), known)}"
             )
-        chosen[key] = (made(str(kind)), ...)
-    made_of: Any = chosen
-    return create_model(model.__name__, __base__=model, **made_of) if chosen else model
+        methods[key] = (made(str(kind)), ...)
+    return create_model(model.__name__, __base__=model, **methods) if methods else model
 
 
 @functools.cache

@@ -103,11 +103,13 @@ def _check_lengths(config: Mapping[str, Any], backbone: ResolvedBackbone) -> Non
     data = config["data"]
     most = backbone.config.get("max_position_embeddings", backbone.config.get("n_positions"))
     virtual = config["brick"].get("tokens") or 0
-    needed = data["max_length"] + data["context"] + (virtual if isinstance(virtual, int) else 0)
+    needed = data["max_length"] + data["context"] + virtual
     if isinstance(most, int) and needed > most:
+        own = f" and the brick's own {virtual} tokens" if virtual else ""
         raise UserError(
-            f"data.max_length={data['max_length']}, data.context={data['context']} and the brick's "
-            f"own tokens make {needed}, and '{backbone.id}' reads {most} at most: lower them."
+            f"data.max_length={data['max_length']}, data.context={data['context']}{own} make "
+            f"{needed} tokens, and '{backbone.id}' reads {most} at most: lower them"
+            f"{', or set brick.tokens' if virtual else ''}."
         )
 
 
@@ -119,7 +121,7 @@ def _distractors(
     Raises:
         UserError: there is no such brick, it is no cartridge, or of another backbone.
     """
-    cards = []
+    cards: list[Card] = []
     if config["distractors"] and config["brick"]["kind"] not in KEYS_AND_VALUES:
         raise UserError(
             f"distractors are plugged in beside a cartridge, and brick is a "
@@ -143,7 +145,10 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     Raises:
         RuntimeError: training diverged; the message names step and rows.
     """
+    import torch
+
     from cfm_train.bricks.stored import store
+    from cfm_train.data.encode import TaskData
     from cfm_train.evaluation.judge import probe
     from cfm_train.operations.setting import open_backbone, tracked, unchanged
     from cfm_train.tracking.metrics_file import MetricsFile
@@ -186,14 +191,14 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
             else:
                 fitted = derive(backbone, brick, tasks, config["seed"], metrics, wandb)
         except Diverged as error:
-            known = tasks | ({BESIDE: unrelated["train"]} if BESIDE in str(error.rows) else {})
-            raise RuntimeError(trained.where(error, known)) from None
+            beside = TaskData(task.spec, unrelated.get("train", task.train), None, None)
+            raise RuntimeError(trained.where(error, {**tasks, BESIDE: beside})) from None
         others = [] if learning is None else learning.distractors.bricks
         judged = studied.judge(
             config, backbone, reader, brick, others, unrelated["test"] if unrelated else None
         )
         same = unchanged(backbone, before, inputs.backbone)
-        back = bool((bare == probe(backbone, tasks)).all())
+        back = torch.equal(bare, probe(backbone, tasks))
         card = store(
             brick,
             inputs.library,
@@ -230,6 +235,7 @@ def _begin(config: Mapping[str, Any], inputs: Inputs, backbone: Backbone) -> tup
     import torch
 
     from cfm_train.bricks.kinds import make_brick
+    from cfm_train.bricks.prefix import Prefix
     from cfm_train.knowledge.tokens import Reader
     from cfm_train.training.seeding import reseed
 
@@ -242,7 +248,11 @@ def _begin(config: Mapping[str, Any], inputs: Inputs, backbone: Backbone) -> tup
     reader = Reader(inputs.documents, backbone.tokenizer, data["max_length"], data["context"])
     reseed(config["seed"], "brick")
     text = torch.tensor(reader.whole())
-    return reader, make_brick(config["brick"]).about(text).build(backbone)
+    brick = make_brick(config["brick"]).about(text).build(backbone)
+    if isinstance(brick, Prefix):  # how long a whole document is, only its tokens tell
+        held = len(brick.states(brick.site_names[0])[0])
+        _check_lengths({**config, "brick": {"tokens": held}}, inputs.backbone)
+    return reader, brick
 
 
 def _learning(

@@ -61,7 +61,9 @@ class Learning(Protocol):
     """
 
     beside: Encoded | None
-    weight: float
+
+    @property
+    def weight(self) -> float: ...
 
     def loss(self, backbone: Backbone, brick: Brick, batch: Batch, *, training: bool) -> Result:
         """The loss of one micro-batch; the brick is plugged in."""

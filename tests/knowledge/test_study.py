@@ -115,6 +115,7 @@ def test_a_persons_questions_in_a_jsonl_of_documents(
         ("prefix", ["brick=lora"], "lora is trained: use recipe=knowledge/lora"),
         ("lora", ["brick=document"], "is not trained, so it has no objective"),
         ("lora", ["data.context=1000"], "reads 128 at most: lower them"),
+        ("cartridge", ["brick.tokens=100"], "brick's own 100 tokens make 148.*or set brick.tokens"),
         ("lora", ["distractors=[a]"], "distractors are plugged in beside a cartridge"),
         ("cartridge", ["distractors=[nobody]"], "nobody"),
         ("lora", ["data.documents=gone.txt"], "there is no such file"),
@@ -132,6 +133,17 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(
     with pytest.raises(UserError, match=sentence):
         check(config(*arguments))
     assert [path.name for path in tmp_path.iterdir()] == ["handbook.txt"]
+
+
+def test_a_document_that_leaves_no_room_is_refused_and_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = command(tmp_path, folder("llama"), "prefix", "brick.tokens=null")
+    (tmp_path / "handbook.txt").write_text(text(14))
+    assert main(arguments) == 2
+    assert "or set brick.tokens" in capsys.readouterr().err
+    assert not (tmp_path / "outputs" / "runs").exists()
 
 
 @pytest.mark.parametrize(
