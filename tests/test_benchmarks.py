@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
+from benchmarks.documents import arms_table, kept, together_table
 from benchmarks.merge_table import as_markdown
 from benchmarks.merge_table import summary as rules_of
 from benchmarks.stitch_models import LARGE, SMALL, table, verdict
@@ -119,3 +120,39 @@ def test_rules_are_held_against_the_baseline_over_tasks() -> None:
     assert "over_baseline" not in lines["base"]
     rows = as_markdown(lines).splitlines()
     assert rows[-1].startswith("| own | 80.0 | 100.0 | ")
+
+
+def test_what_is_kept_is_a_share_of_the_gain_in_the_mean_of_both_orders() -> None:
+    found = {
+        "bare": {"loss": 5.0, "exact_match": 0.1},
+        "alone": {"loss": 3.0, "exact_match": 0.5},
+        "together": {"loss": 3.5, "exact_match": 0.4},
+        "turned": {"loss": 3.3, "exact_match": 0.44},
+    }
+    assert kept(found, "loss") == pytest.approx(0.8)
+    assert kept(found, "exact_match") == pytest.approx(0.8)
+    table = together_table({("law", "alone"): found}).splitlines()
+    assert table[2] == "| law | alone | 50.0 | 42.0 | 0.80 | 0.80 |"
+
+
+def test_the_table_of_arms_has_gains_with_intervals() -> None:
+    def figure(value: float) -> dict[str, float]:
+        return {"value": value, "low": value - 0.1, "high": value + 0.1}
+
+    arms = {
+        "arms": [
+            {"name": name, "exact_match": figure(score), "loss": figure(4 - score)}
+            for name, score in {"bare": 0.1, "text": 0.5, "brick": 0.3, "both": 0.55}.items()
+        ],
+        "gains": [
+            {"arm": "brick", "over": "bare", "exact_match": figure(0.2)},
+            {"arm": "both", "over": "text", "exact_match": figure(0.05)},
+            {"arm": "brick", "over": "text", "exact_match": figure(-0.2)},
+        ],
+        "unrelated": {"perplexity_ratio": figure(1.01)},
+    }
+    row = arms_table({("law", "LoRA"): arms}).splitlines()[2]
+    assert row == (
+        "| law | LoRA | 10.0 (3.90) | 50.0 (3.50) | 30.0 (3.70) | 55.0 (3.45) | "
+        "+20.0 (10.0 to 30.0) | +5.0 (-5.0 to 15.0) | 1.010 |"
+    )
