@@ -6,7 +6,7 @@ function armCell(figure, metric, highest) {
   return html("td", { class: "number", "data-value": figure.value },
     html("b", {}, score(figure.value, metric)),
     html("div", { class: "dim small" }, range(figure, metric)),
-    svg("svg", { width: 100, height: 8, "aria-hidden": "true" },
+    svg("svg", { width: 100, height: 8, "aria-hidden": "true", style: "margin-left:auto" },
       svg("line", { x1: place(figure.low), x2: place(figure.high), y1: 4, y2: 4, stroke: "var(--accent)", "stroke-width": 2, opacity: .5 }),
       svg("circle", { cx: place(figure.value), cy: 4, r: 3.5, fill: "var(--accent)" })));
 }
