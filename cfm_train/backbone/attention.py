@@ -23,7 +23,7 @@ from transformers.masking_utils import sdpa_mask
 
 from cfm_train.backbone.short_attention import is_worth_it, short_attention
 from cfm_train.backbone.sites import AttentionSite
-from cfm_train.backbone.virtual import Source, VirtualTokens, Weight, group, read
+from cfm_train.backbone.virtual import Members, Source, VirtualTokens, Weight, group, read
 from cfm_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,7 +64,9 @@ class KVSlot:
         """Whether the layer attends to another stack, where nothing lies before anything."""
         return self.site.name.endswith(".cross")
 
-    def add(self, keys: Source, values: Source, weight: Weight) -> None:
+    def add(
+        self, keys: Source, values: Source, weight: Weight, members: Members | None = None
+    ) -> None:
         """Adds keys and values; a row whose weight is 0 does not see them.
 
         Raises:
@@ -78,7 +80,7 @@ class KVSlot:
                     f"The {name} for '{self.site.name}' have shape {shape}, but the site takes "
                     f"(tokens, {self.site.kv_heads}, head size): the brick is of another backbone."
                 )
-        added = group((keys, values), weight)
+        added = group((keys, values), weight, members)
         if added is not None:
             self.tokens.add(added)
 
@@ -181,7 +183,8 @@ def cfm_sdpa(
     slot: KVSlot | None = getattr(module, "_cfm_kv", None)
     if slot is not None and slot.record is not None:
         slot.record[slot.site.name] = (key.detach(), value.detach())
-    if slot is not None and slot.tokens:
+    # Where no row has any of what is plugged, the pass is the bare one.
+    if slot is not None and slot.tokens and slot.tokens.width(query.shape[0]):
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
         causal = bool(causal) and query.shape[2] > 1

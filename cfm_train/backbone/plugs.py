@@ -96,6 +96,7 @@ class KV:
     keys: Source
     values: Source
     shift: bool = True
+    members: Callable[[int], Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -180,7 +180,7 @@ class Slots:
         site = self.sites[plug.site]
         if isinstance(plug, KV):
             kv = self._kv_slot(site)
-            kv.add(plug.keys, plug.values, weight)
+            kv.add(plug.keys, plug.values, weight, plug.members)
             if not kv.cross:
                 self._prompt.move(site, plug.keys, weight, shift=plug.shift)
         elif isinstance(plug, Prompt):

@@ -27,6 +27,9 @@ Weight = float | Tensor | None
 #: A tensor, or what computes it; called in each forward pass, so that gradients reach its inputs.
 Source = Tensor | Callable[[], Tensor]
 
+#: Tells for a batch of that size which tokens each row has, ``[batch, tokens]`` bool.
+Members = Callable[[int], Tensor]
+
 
 def read(source: Source) -> Tensor:
     """The tensor of a source."""
@@ -65,6 +68,8 @@ class Group:
         weight: the brick's weight.
         rows: ``[rows]`` bool on the CPU, which rows carry them; None for all.
         graded: whether the weight says more than there or not there.
+        members: which of the tokens each row has in this pass, ``[batch, tokens]`` bool for a batch
+            of that size; None for all.
     """
 
     sources: tuple[Source, ...]
@@ -72,9 +77,19 @@ class Group:
     weight: Weight
     rows: Tensor | None
     graded: bool
+    members: Members | None = None
+
+    def there(self, batch: int) -> Tensor | None:
+        """Which rows have which tokens: ``[batch]`` or ``[batch, tokens]`` bool, None for all."""
+        if self.members is None:
+            return self.rows
+        own = self.members(batch)
+        return own if self.rows is None else own & spread(self.rows, batch)[:, None]
 
 
-def group(sources: tuple[Source, ...], weight: Weight) -> Group | None:
+def group(
+    sources: tuple[Source, ...], weight: Weight, members: Members | None = None
+) -> Group | None:
     """The group of one brick; None where its weight is zero everywhere.
 
     Raises:
@@ -85,7 +100,7 @@ def group(sources: tuple[Source, ...], weight: Weight) -> Group | None:
         _refuse_negative(weight is not None and weight < 0)
         if weight == 0:
             return None
-        return Group(sources, tokens, weight, None, weight not in (None, 1))
+        return Group(sources, tokens, weight, None, weight not in (None, 1), members)
     values = weight.detach().to("cpu")
     _refuse_negative(bool((values < 0).any()))
     there = values != 0
@@ -93,7 +108,7 @@ def group(sources: tuple[Source, ...], weight: Weight) -> Group | None:
     if not bool(rows.any()):
         return None
     graded = values.ndim == 2 or bool(((values != 0) & (values != 1)).any())
-    return Group(sources, tokens, weight, None if bool(rows.all()) else rows, graded)
+    return Group(sources, tokens, weight, None if bool(rows.all()) else rows, graded, members)
 
 
 def _refuse_negative(negative: bool) -> None:
@@ -129,8 +144,9 @@ class VirtualTokens:
 
         Tokens are numbered through all groups. None where every row carries every token.
         """
-        if batch not in self._layouts:
-            self._layouts[batch] = lay_out([(g.tokens, g.rows) for g in self.groups], batch)
+        # Who has which may change from pass to pass.
+        if batch not in self._layouts or any(g.members is not None for g in self.groups):
+            self._layouts[batch] = lay_out([(g.tokens, g.there(batch)) for g in self.groups], batch)
         return self._layouts[batch]
 
     def width(self, batch: int) -> int:
@@ -207,21 +223,25 @@ def lay_out(groups: Sequence[tuple[int, Tensor | None]], batch: int) -> Tensor |
     """Places of virtual tokens, see `VirtualTokens.layout`.
 
     Args:
-        groups: (tokens, rows that carry them) of each group; None for all rows.
+        groups: (tokens, rows that carry them) of each group: ``[batch]``, ``[batch, tokens]``, or
+            None for all rows.
         batch: rows of the batch.
     """
     if all(rows is None for _, rows in groups):
         return None
     there = torch.cat(
-        [
-            (torch.ones(batch, dtype=torch.bool) if rows is None else spread(rows, batch))[
-                :, None
-            ].expand(-1, tokens)
-            for tokens, rows in groups
-        ],
+        [_spread_out(rows, tokens, batch) for tokens, rows in groups],
         dim=1,
     )  # [batch, all tokens]
     width = int(there.sum(dim=1).max())
     # A stable sort brings what is absent to the front and leaves the rest in the plan's order.
     order = there.int().argsort(dim=1, stable=True)[:, there.shape[1] - width :]
     return torch.where(there.gather(1, order), order, -1)
+
+
+def _spread_out(rows: Tensor | None, tokens: int, batch: int) -> Tensor:
+    """Which rows have which of a group's tokens: ``[batch, tokens]`` bool."""
+    if rows is None:
+        return torch.ones(batch, tokens, dtype=torch.bool)
+    rows = spread(rows, batch)
+    return rows if rows.ndim == 2 else rows[:, None].expand(-1, tokens)

@@ -26,9 +26,13 @@ from cfm_train.config.sections import (
     Documents,
     Evaluation,
     EvaluationData,
+    FactEvaluation,
+    FactGate,
+    FactsData,
     Intervals,
     Objective,
     PredictionData,
+    Teaching,
     Tokenizer,
     Tracking,
     Trainer,
@@ -189,6 +193,26 @@ class Compare(Evaluate):
     reuse: bool
 
 
+class Teach(Run):
+    """Teach a brick facts, each with parameters of its own."""
+
+    backbone: Backbone
+    encoder: Backbone
+    brick: Brick
+    data: FactsData
+    gate: FactGate
+    teaching: Teaching
+    evaluation: FactEvaluation
+
+
+class Forget(Run):
+    """Make a brick of facts without some of them."""
+
+    backbone: Backbone | None
+    bricks: list[str]
+    facts: list[str]
+
+
 class Sequence(Run):
     """Several runs one after another, each with a record of its own."""
 
@@ -208,5 +232,7 @@ OPERATIONS: dict[str, type[Run]] = {
     "stitch_bridge": StitchBridge,
     "stitch": Stitch,
     "compare": Compare,
+    "teach": Teach,
+    "forget": Forget,
     "sequence": Sequence,
 }

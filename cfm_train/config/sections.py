@@ -217,3 +217,42 @@ class Intervals(Section):
     """How figures get their intervals."""
 
     bootstrap: Positive
+
+
+class FactsData(Section):
+    """Facts to teach, and text that has nothing to do with them."""
+
+    facts: str
+    unrelated: str | None
+    limit: Positive | None
+
+
+class FactGate(Section):
+    """What lets a fact act on a prompt."""
+
+    kind: Literal["encoder", "none"]
+    false_fires: Fraction
+    threshold: Annotated[float, Field(ge=-1, le=1)] | None
+
+
+class Teaching(Section):
+    """How facts are taught."""
+
+    steps: Positive
+    prompts_per_step: Positive
+    facts_per_group: Positive
+    contexts: Count
+    context_tokens: Positive
+    context_share: Fraction
+    clip: NonNegative
+    enough: NonNegative
+    patience: Positive
+    threads: Positive | None
+
+
+class FactEvaluation(Section):
+    """How a brick of facts is judged."""
+
+    bootstrap: Positive
+    unrelated_windows: Positive
+    window_tokens: Positive

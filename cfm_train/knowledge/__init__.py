@@ -1,0 +1,1 @@
+"""Knowledge bricks: what a frozen backbone is told beside what it knows."""

@@ -108,6 +108,12 @@ def check_cards(cards: Sequence[Card], section: Mapping[str, Any]) -> None:
     Raises:
         UserError: the bricks have no common form in the space.
     """
+    for card in cards:
+        if card.interface.get("facts"):
+            raise UserError(
+                f"{card.ref} holds facts, each with parameters of its own, which are no update to "
+                "be averaged: teach all of them in one run (recipe=knowledge/facts)."
+            )
     kinds = sorted({card.kind for card in cards} - COMPOSED)
     if len(kinds) > 1:
         raise UserError(

@@ -1,0 +1,261 @@
+"""Teach a brick facts, each with parameters of its own, put a gate before them, and judge both.
+
+check    backbone, encoder, every fact, the library, all before torch is imported
+run      contexts ─► groups of facts taught ─► gate calibrated ─► judged ─► stored ─► record
+
+Facts are taught in groups, and a group that is done lies in ``checkpoints``: a killed run goes on
+after the last whole group, and comes to what it would have come to, for facts never meet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cfm_train.backbone.fingerprint import file_hash, fingerprint, tokenizer_hash
+from cfm_train.backbone.spec import ResolvedBackbone, resolve
+from cfm_train.config.signature import kinds
+from cfm_train.data.facts import Fact, read_facts
+from cfm_train.data.facts import fingerprint as facts_fingerprint
+from cfm_train.errors import UserError
+from cfm_train.library.card import Card, check_name
+from cfm_train.library.store import Library
+from cfm_train.tracking.wandb_setting import resolve_mode
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What `check` found.
+
+    Attributes:
+        backbone: the language model's folder.
+        encoder: the gate's encoder; None without a gate.
+        facts: the facts.
+        unrelated: text that has nothing to do with them; empty for none.
+        library: where the brick will go.
+        fingerprints: content hashes for the config hash.
+    """
+
+    backbone: ResolvedBackbone
+    encoder: ResolvedBackbone | None
+    facts: list[Fact]
+    unrelated: str
+    library: Library
+    fingerprints: dict[str, str]
+
+
+def check(config: dict[str, Any]) -> Inputs:
+    """Checks everything that teaching needs, without torch.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    check_name(config["name"])
+    resolve_mode(config["tracking"]["mode"])
+    known = kinds("bricks", "ByFact")
+    if config["brick"]["kind"] not in known:
+        raise UserError(
+            f"brick={config['brick']['kind']} has no parameters for each fact: use brick="
+            f"{' or '.join(known)}."
+        )
+    backbone = resolve(config["backbone"])
+    encoder = resolve(config["encoder"]) if config["gate"]["kind"] == "encoder" else None
+    facts = read_facts(config["data"]["facts"], limit=config["data"]["limit"])
+    unrelated = _text(config["data"]["unrelated"])
+    library = Library(config["library"])
+    library.check_writable()
+    fingerprints = {
+        "backbone": fingerprint(backbone.folder),
+        "data/facts": facts_fingerprint(facts),
+    }
+    if encoder is not None:
+        fingerprints["encoder"] = fingerprint(encoder.folder)
+    if config["data"]["unrelated"]:
+        fingerprints["data/unrelated"] = file_hash(Path(config["data"]["unrelated"]).expanduser())
+    return Inputs(backbone, encoder, facts, unrelated, library, fingerprints)
+
+
+def _text(path: str | None) -> str:
+    if path is None:
+        return ""
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"data.unrelated: {path} cannot be read as text ({error}): name a .txt file, or leave "
+            "the key out."
+        ) from None
+    if not text.strip():
+        raise UserError(f"data.unrelated: {path} is empty: name another file, or leave it out.")
+    return text
+
+
+def rehearse(config: dict[str, Any], inputs: Inputs) -> None:
+    """Loads the backbone and builds the brick for it, as ``dry_run`` wants to know.
+
+    Raises:
+        UserError: the brick does not fit the backbone.
+    """
+    from cfm_train.operations.setting import open_backbone
+    from cfm_train.operations.taught import new_brick
+
+    backbone, _ = open_backbone(inputs.backbone, config["backbone"], {"precision": "float32"})
+    brick = new_brick(config, inputs.facts, backbone)
+    print(_line(inputs, brick))
+
+
+def _line(inputs: Inputs, brick: Any) -> str:
+    facts = inputs.facts
+    count = {
+        "held-out prompts": sum(len(fact.held_out) for fact in facts),
+        "prompts for something else": sum(len(fact.others) for fact in facts),
+        "prompts about neighbours": sum(len(fact.neighbours) for fact in facts),
+    }
+    parts = [f"{sum(len(fact.prompts) for fact in facts)} prompts to learn"]
+    parts += [f"{number} {what}" for what, number in count.items() if number]
+    size = brick.parameter_count() // len(facts)
+    return f"{len(facts)} facts: {', '.join(parts)}; {size:,} parameters for each fact"
+
+
+def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
+    """Teaches, calibrates, judges and stores; returns the record's own part.
+
+    Raises:
+        RuntimeError: teaching diverged; the message names the facts.
+    """
+    from tqdm import tqdm
+
+    from cfm_train.bricks.fact_gate import Encoder
+    from cfm_train.knowledge.calibrating import calibrate
+    from cfm_train.knowledge.fact_figures import ARMS, SETS, judge
+    from cfm_train.operations.setting import (
+        backbone_entries,
+        brick_entry,
+        open_backbone,
+        tracked,
+        unchanged,
+    )
+    from cfm_train.operations.taught import (
+        in_groups,
+        new_brick,
+        samples_of,
+        share,
+        single,
+        unplugged,
+        windows,
+    )
+    from cfm_train.tracking.metrics_file import MetricsFile
+    from cfm_train.training.cost import peak_memory
+
+    facts, settings = inputs.facts, config["teaching"]
+    trainer = {"precision": "float32", "threads": settings["threads"]}
+    backbone, before = open_backbone(inputs.backbone, config["backbone"], trainer)
+    brick = new_brick(config, facts, backbone)
+    print(_line(inputs, brick), flush=True)
+    bare = unplugged(backbone, facts)
+    metrics = MetricsFile(folder / "metrics.jsonl")
+    metrics.cut_back(-1)  # the groups on disk have their curves, and write them again
+    with tracked(config, folder) as wandb:
+        taught = in_groups(config, facts, backbone, brick, folder, metrics, wandb)
+        figures: dict[str, Any] = {}
+        requires = [backbone.fingerprint]
+        if inputs.encoder is not None:
+            encoder = Encoder(config["encoder"])
+            requires.append(encoder.fingerprint)
+            with tqdm(desc="gate: prompts encoded", unit="prompt", leave=False) as bar:
+                calibrated = calibrate(
+                    facts,
+                    encoder,
+                    false_fires=config["gate"]["false_fires"],
+                    threshold=config["gate"]["threshold"],
+                    tick=bar.update,
+                )
+            brick.gate = calibrated.gate
+            bootstrap = {"bootstrap": config["evaluation"]["bootstrap"], "seed": config["seed"]}
+            figures |= share("gate/hits on what is taught", calibrated.hits, **bootstrap)
+            figures |= share("gate/false fires", calibrated.false_fires, **bootstrap)
+        brick.eval().requires_grad_(False)
+        prompts = sum(len(fact.prompts) + len(fact.held_out) for fact in facts) * 4 + 2 * sum(
+            len(fact.others) for fact in facts
+        )
+        with tqdm(total=prompts, desc="judged", unit="prompt", leave=False) as bar:
+            judged, samples = judge(
+                backbone,
+                brick,
+                facts,
+                unrelated=windows(backbone, inputs.unrelated, config["evaluation"]),
+                window=config["evaluation"]["window_tokens"],
+                bootstrap=config["evaluation"]["bootstrap"],
+                seed=config["seed"],
+                tick=bar.update,
+            )
+        figures = {**judged, **figures, **taught["figures"]}
+        same = unchanged(backbone, before, inputs.backbone)
+        exact = bare == unplugged(backbone, facts)
+        files = brick.files()
+        figures["bytes per fact"] = single(
+            sum(p.numel() * p.element_size() for p in brick.parameters()) / len(facts), len(facts)
+        )
+        figures["seconds per fact"] = single(taught["seconds"] / len(facts), len(facts))
+        card = inputs.library.add(
+            files,
+            Card(
+                name=config["name"],
+                kind=brick.kind,
+                granularity=brick.granularity,
+                sites=list(brick.site_names),
+                requires=requires,
+                backbone_id=backbone.id,
+                tokenizer=tokenizer_hash(inputs.backbone.folder),
+                operation="teach",
+                recipe=config,
+                data=[
+                    {
+                        "name": "facts",
+                        "fingerprint": inputs.fingerprints["data/facts"],
+                        "licence": None,
+                    }
+                ],
+                metrics=figures,
+                interface=brick.interface(),
+                run=folder.name,
+            ),
+        )
+        wandb.artifact(card.name, "brick", inputs.library.folder(card), {"version": card.version})
+        wandb.summary({name: figure["value"] for name, figure in figures.items()})
+        rows = [
+            [name, *(figures[f"{name}/{arm}/says_answer"]["value"] for arm in ARMS)]
+            for name in SETS
+            if f"{name}/brick/says_answer" in figures
+        ]
+        wandb.table("answers", ["prompts", *ARMS], rows)
+    entries = backbone_entries(backbone, same)
+    entries["checks"]["unplugged equals bare"] = {
+        "value": exact,
+        "tolerance": None,
+        "passed": exact,
+    }
+    return {
+        "brick": brick_entry(card, inputs.library),
+        **entries,
+        "metrics": figures,
+        "cost": {
+            "train_seconds": taught["seconds"],
+            "tokens_per_second": taught["tokens"] / max(taught["seconds"], 1e-9),
+            "peak_memory_bytes": peak_memory(),
+            "trainable_parameters": sum(p.numel() for p in brick.parameters()),
+        },
+        "data": {
+            "leaks": {},
+            "skipped_rows": 0,
+            "fingerprints": {
+                name.removeprefix("data/"): value
+                for name, value in inputs.fingerprints.items()
+                if name.startswith("data/")
+            },
+        },
+        "samples": samples_of(samples),
+        "curves": "metrics.jsonl",
+        "wandb": wandb.as_record(),
+    }
