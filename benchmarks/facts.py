@@ -3,8 +3,8 @@
     python -m benchmarks.facts ../shared/data/facts --backbone DIR --unrelated FILE.txt
 
 ParaRel's ways to ask for a relation are split: the first ones are taught, the last one or two are
-held out; another relation of the subject is asked in the words of another relation of the table, and
-a neighbour is another subject of the same relation. CounterFact brings its own paraphrase (asked
+held out; another relation of the subject is asked in the words of some other relation, and a
+neighbour is another subject of the same relation. CounterFact brings its own paraphrase (asked
 only, never taught) and neighbour; its answers are wrong on purpose, so no backbone knows them.
 Targets: ≥ 95 % exact on taught prompts, ≥ 70 % on held-out patterns, ≤ 5 % of other relations with
 the taught answer, ≥ 95 % of neighbours unchanged, perplexity within 1 %.

@@ -11,6 +11,8 @@ import pytest
 from scipy import stats
 
 from benchmarks.documents import arms_table, kept, together_table
+from benchmarks.facts import _ways, counterfact, pararel, row_of
+from benchmarks.facts import as_markdown as facts_table
 from benchmarks.merge_table import as_markdown
 from benchmarks.merge_table import summary as rules_of
 from benchmarks.stitch_models import LARGE, SMALL, table, verdict
@@ -156,3 +158,31 @@ def test_the_table_of_arms_has_gains_with_intervals() -> None:
         "| law | LoRA | 10.0 (3.90) | 50.0 (3.50) | 30.0 (3.70) | 55.0 (3.45) | "
         "+20.0 (10.0 to 30.0) | +5.0 (-5.0 to 15.0) | 1.010 |"
     )
+
+
+def test_facts_with_patterns_held_out(shared: Path) -> None:
+    """What is judged is never taught; every prompt names its subject and ends before the answer."""
+    facts = pararel(shared / "data" / "facts" / "pararel.jsonl", 60)
+    assert len({fact["subject"] for fact in facts}) == 60 and facts == pararel(
+        shared / "data" / "facts" / "pararel.jsonl", 60
+    )
+    for fact in facts:
+        learned = {fact["prompt"], *fact["paraphrases"]}
+        assert fact["held_out"] and not learned & {*fact["held_out"], *fact["others"]}
+        assert all("[" not in text for text in learned)
+    told = counterfact(shared / "data" / "facts" / "counterfact.jsonl", 5)
+    assert [fact["answer"] for fact in told][:2] == ["English", "Islam"]
+    assert _ways(["[X] is in [Y] .", "[Y] has [X]", "[X] is in [Y]."]) == ["[X] is in"]
+
+
+def test_the_table_of_facts_shows_what_a_record_has() -> None:
+    figure = {"value": 0.97, "low": 0.9, "high": 1.0, "n": 200}
+    metrics = {
+        "prompt/brick/exact_match": figure,
+        "bytes per fact": {**figure, "value": 16416.0},
+        "unrelated/perplexity ratio": {**figure, "value": 1.002},
+    }
+    record = {"metrics": metrics, "checks": {"a": {"passed": True}}}
+    line = facts_table([row_of("pararel", "neurons", record)]).splitlines()[-1]
+    assert line.startswith("| pararel | neurons | 200 | 97.0 | – |")
+    assert "| × 1.002 | 16,416 |" in line

@@ -295,3 +295,62 @@ def test_stitches_of_every_mode(
             task, "tracking=disabled")  # fmt: skip
         (answer,) = map(json.loads, Path("y.jsonl").read_text().splitlines())
         assert answer["prediction"] in ("yes", "no")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("brick", ["neurons", "rows"])
+def test_facts_are_taught_and_forgotten(
+    brick: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three facts in two groups, one forgotten; broken off after a group it comes to the same."""
+    from cfm_train.knowledge import teach
+    from tests.backbones import folder
+    from tests.fact_cases import TOLD
+
+    monkeypatch.chdir(tmp_path)
+    rows = [{**fact.taught(), "others": [f"{fact.subject} w40"]} for fact in TOLD]
+    Path("facts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("text.txt").write_text("w50 w51 w52 w53 w54 w55 " * 8)
+    command = [
+        "recipe=knowledge/facts", "name=told", f"backbone.path={folder('llama')}",
+        f"brick={brick}", "data.facts=facts.jsonl", "data.unrelated=text.txt",
+        "teaching.steps=2", "teaching.facts_per_group=2", "teaching.contexts=2",
+        "evaluation.bootstrap=20", "evaluation.window_tokens=8",
+    ]  # fmt: skip
+    whole = run(capsys, *command, "tracking=disabled", "outputs=whole", "library=whole/library")
+    assert all(check["passed"] for check in whole["checks"].values())
+    for name, figure in whole["metrics"].items():
+        assert figure["low"] <= figure["value"] <= figure["high"], name
+    assert whole["metrics"]["unrelated/perplexity ratio"]["value"] == 1
+
+    groups, plain = [], teach.teach
+
+    def killed(*given: Any, **more: Any) -> Any:
+        groups.append(given[2])
+        if len(groups) == 2:
+            raise KeyboardInterrupt
+        return plain(*given, **more)
+
+    monkeypatch.setattr(teach, "teach", killed)
+    assert main([*command, "tracking.mode=offline"]) == 130
+    capsys.readouterr()
+    broken = run(capsys, *command, "tracking.mode=offline")
+    assert [len(group) for group in groups] == [2, 1, 1]
+    assert broken["brick"]["version"] == whole["brick"]["version"]
+    same = {name: figure for name, figure in whole["metrics"].items() if "seconds" not in name}
+    assert {name: broken["metrics"][name] for name in same} == same
+
+    less = run(
+        capsys, "recipe=knowledge/forget", "name=less", "bricks=[told]", "facts=[w4]",
+        "tracking=disabled",
+    )  # fmt: skip
+    assert all(check["passed"] for check in less["checks"].values())
+    assert less["brick"]["parents"][0]["version"] == whole["brick"]["version"]
+    for wrong, complaint in (
+        (["recipe=knowledge/forget", "bricks=[told]", "facts=[w9]"], "knows nothing about 'w9'"),
+        (["recipe=knowledge/forget", "bricks=[less]", "facts=[0,1]"], "would know nothing"),
+        (["recipe=merge/linear", "bricks=[told,less]"], "holds facts"),
+        ([*command[:3], "data.facts=facts.jsonl", "brick=lora"], "use brick=neurons or rows"),
+    ):
+        assert main([*wrong, *([] if wrong[1] == "name=told" else ["name=x"])]) == 2
+        assert complaint in capsys.readouterr().err

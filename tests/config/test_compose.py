@@ -29,6 +29,8 @@ GIVEN = {
     "bricks": "[a,b]",
     "tasks": "[sst2,trec]",
     "out": "out.jsonl",
+    "facts": "[Lyon]",
+    "data.facts": "facts.jsonl",
     "data.train": "train.jsonl",
     "data.input": "in.jsonl",
     "data.tasks": "[sst2,trec]",
