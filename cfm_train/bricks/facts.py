@@ -133,7 +133,16 @@ class ByFact:
     def restore(
         cls, interface: Mapping[str, Any], files: Mapping[str, bytes], backbone: Backbone
     ) -> Self:
-        """A brick from what `interface` and `body_files` gave."""
+        """A brick from what `interface` and `body_files` gave.
+
+        Raises:
+            UserError: it holds facts and the backbone is no language model, or see `Brick.restore`.
+        """
+        if interface.get("facts") and backbone.family != "decoder":
+            raise UserError(
+                f"A brick of facts goes with a language model, and '{backbone.id}' is none "
+                f"({backbone.family}); its gate's encoder is opened by itself."
+            )
         tensors = load(files[NATIVE_FILE])
         gate = {n.removeprefix(GATE): tensors.pop(n) for n in list(tensors) if n.startswith(GATE)}
         brick: Any = cls(**interface["hyper"])

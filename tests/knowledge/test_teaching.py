@@ -15,6 +15,7 @@ from cfm_train.bricks.neurons import Neurons
 from cfm_train.bricks.rows import Rows
 from cfm_train.config.compose import option
 from cfm_train.data.facts import Fact
+from cfm_train.errors import UserError
 from cfm_train.knowledge.calibrating import calibrate
 from cfm_train.knowledge.fact_figures import generate, judge, logits_of
 from cfm_train.knowledge.teach import answer_ids, answer_losses, batch_of, prompt_ids, teach
@@ -136,6 +137,8 @@ def test_taught_found_judged_and_forgotten(kind: str) -> None:
     again: Any = type(brick).restore(interface, brick.files(), backbone).eval()
     assert isinstance(again, Brick) and again.files() == brick.files()
     assert again.gate.find(prompts) == [1, -1, 0]
+    with pytest.raises(UserError, match="goes with a language model"):  # also the gate's encoder
+        type(brick).restore(interface, brick.files(), encoder.model)
     less = again.only([0, 2], backbone)
     kept = [facts[0], facts[2]]
     for a, b in zip(
