@@ -5,6 +5,7 @@
     In       x    = fn(call)                   (IA3 on the feed-forward's input)
     KV       attention sees extra keys, values (prefix tuning, cartridges; see `attention.py`)
     Prompt   virtual tokens before the input   (soft prompts; see `prompts.py`)
+    Tokens   embeddings in place of placeholders (images, sounds; see `placeholders.py`)
 
 A brick names them in `plugs`; `slots.py` puts them where they belong.
 """
@@ -110,7 +111,22 @@ class Prompt:
     embeddings: Source
 
 
-Plug = Together | Out | In | KV | Prompt
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Embeddings in place of the placeholders among the token ids of one stack (`embed` site).
+
+    ``sentinel`` is the placeholder's id: below zero, so that no vocabulary has it and a frozen
+    embedding keeps its size. ``read`` is called in each pass that holds placeholders; it gives the
+    embeddings ``[tokens, hidden]`` of all rows of the batch behind each other, and how many belong
+    to each row. Rows of weight 0 must have no placeholder of this kind.
+    """
+
+    site: str
+    sentinel: int
+    read: Callable[[], tuple[Tensor, list[int]]]
+
+
+Plug = Together | Out | In | KV | Prompt | Tokens
 
 
 class Pluggable(Protocol):

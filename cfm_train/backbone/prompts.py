@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from cfm_train.backbone.plugs import Tokens
 from cfm_train.backbone.sites import Site, SiteMap
 from cfm_train.backbone.stacks import Stack
 from cfm_train.backbone.virtual import Source, Weight, group
@@ -69,6 +70,20 @@ class PromptSlot:
             )
         if added is not None:
             stack.tokens.add(added)
+
+    def fill(self, site: Site, plug: Tokens, weight: Weight) -> None:
+        """Puts embeddings in place of placeholders among the ids of the stack of ``site``.
+
+        Raises:
+            UserError: the site takes none, or see `Placeholders.add`.
+        """
+        stack = self.stacks.get(site.stack)
+        if stack is None or stack.site.name != site.name:
+            raise UserError(
+                f"Site '{site.name}' takes no embeddings in place of token ids: plug them into the "
+                "embedding of a stack that takes token ids."
+            )
+        stack.items.add(plug, weight)
 
     def move(self, site: Site, keys: Source, weight: Weight, *, shift: bool) -> None:
         """Moves a stack's tokens up, for keys plugged in at one of its attention sites.

@@ -12,7 +12,7 @@ checkpoint sees the same plan.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cfm_train.backbone.attention import KVSlot, Recorded
 from cfm_train.backbone.company import refuse_company
-from cfm_train.backbone.plugs import KV, Call, In, Out, Plug, Pluggable, Prompt, Together
+from cfm_train.backbone.plugs import KV, Call, In, Out, Plug, Pluggable, Prompt, Together, Tokens
 from cfm_train.backbone.prompts import PromptSlot
 from cfm_train.backbone.rows import blend, put_rows, rows_of
 from cfm_train.backbone.sites import AttentionSite, Site, SiteMap
@@ -133,6 +133,17 @@ class Slots:
             kv.clear()
         self._prompt.clear()
 
+    def take(self, batch: Mapping[str, Any]) -> None:
+        """Hands a batch to the plugged bricks that read more of it than its token ids.
+
+        Called before each pass whose ids may hold placeholders; what was taken stays until then,
+        so that a recomputed checkpoint sees the same.
+        """
+        for brick, _ in self.plan:
+            take = getattr(brick, "take", None)
+            if take is not None:
+                take(batch)
+
     @contextmanager
     def plugged(
         self, bricks: Sequence[Pluggable], weights: Sequence[Weight] | None = None
@@ -185,6 +196,8 @@ class Slots:
                 self._prompt.move(site, plug.keys, weight, shift=plug.shift)
         elif isinstance(plug, Prompt):
             self._prompt.add(site, plug.embeddings, weight)
+        elif isinstance(plug, Tokens):
+            self._prompt.fill(site, plug, weight)
         else:
             slot = self._modules[site.module]
             if isinstance(plug, Together):

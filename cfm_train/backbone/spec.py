@@ -63,7 +63,7 @@ def resolve(section: Mapping[str, Any]) -> ResolvedBackbone:
             "backbone.path=some/folder, or choose backbone=minilm."
         )
     else:
-        folder = _local_or_hub(str(path), section.get("revision"))
+        folder = find_folder(str(path), section.get("revision"))
     config = read_config(folder)
     files = weight_files(folder)
     for file in files:
@@ -177,20 +177,30 @@ def _in_package(package: str, inside: str) -> Path:
     return folder
 
 
-def _local_or_hub(path: str, revision: str | None) -> Path:
+def find_folder(path: str, revision: str | None, key: str = "backbone.path") -> Path:
+    """The folder of a model: on this machine, or a snapshot from the Hub.
+
+    Args:
+        path: a folder or a Hub id.
+        revision: of the Hub.
+        key: what names it in the config.
+
+    Raises:
+        UserError: there is neither such a folder nor such a model.
+    """
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder.resolve()
     if folder.exists():
-        raise UserError(f"'backbone.path' is the file '{path}': give the folder that holds it.")
+        raise UserError(f"'{key}' is the file '{path}': give the folder that holds it.")
     # A Hub id is "name" or "organisation/name"; anything else can only have meant a folder.
     parts = path.split("/")
     if path.startswith((".", "~", "/")) or len(parts) > 2 or not all(parts):
-        raise UserError(f"There is no backbone folder '{path}' ('backbone.path').")
-    return _from_hub(path, revision)
+        raise UserError(f"There is no {key.partition('.')[0]} folder '{path}' ('{key}').")
+    return _from_hub(path, revision, key)
 
 
-def _from_hub(repo: str, revision: str | None) -> Path:
+def _from_hub(repo: str, revision: str | None, key: str) -> Path:
     """The snapshot of a Hub model: from the local cache where it is complete, else fetched."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
@@ -217,13 +227,13 @@ def _from_hub(repo: str, revision: str | None) -> Path:
         return snapshot(local=False)
     except (RepositoryNotFoundError, HFValidationError):
         raise UserError(
-            f"'backbone.path={repo}' is no folder here and no model on the Hub: check the spelling "
+            f"'{key}={repo}' is no folder here and no model on the Hub: check the spelling "
             "(a private model needs HF_TOKEN)."
         ) from None
     except Exception as error:
         # The client's network errors share no base class across its versions.
         raise UserError(
-            f"'backbone.path={repo}' is no folder here and could not be fetched from the Hub "
+            f"'{key}={repo}' is no folder here and could not be fetched from the Hub "
             f"({type(error).__name__}): check the network, or give a local folder."
         ) from None
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from cfm_train.backbone import masks, positions
+from cfm_train.backbone.placeholders import Placeholders
 from cfm_train.backbone.sites import Site
 from cfm_train.backbone.virtual import Group, VirtualTokens, spread
 from cfm_train.errors import UserError
@@ -59,6 +60,7 @@ class Stack:
 
     Attributes:
         tokens: the plugged embeddings ``[tokens, hidden]``.
+        items: what stands in place of placeholders among the token ids.
         moved: keys and values plugged in at the stack's attention sites, by site.
         relative: the module that computes a relative position bias, None where there is none.
         past: how many tokens the cache held when the stack last began to run.
@@ -70,6 +72,7 @@ class Stack:
         self.embed, self.site, self.causal = embed, site, causal
         self.tokens = VirtualTokens()
         self.moved: dict[str, list[Group]] = {}
+        self.items = Placeholders()
         self.parameters = list(inspect.signature(module.forward).parameters)
         self.table = positions.position_table(module, embed)
         self.relative = next(
@@ -90,6 +93,7 @@ class Stack:
     def clear(self) -> None:
         """Empties the slot."""
         self.tokens.clear()
+        self.items.clear()
         self.moved = {}
 
     def _before(
@@ -100,9 +104,12 @@ class Stack:
         cache = kwargs.get("past_key_values")
         noted: Note | None = getattr(cache, NOTE, None)
         across = self.feeds is not None and bool(self.feeds.tokens)
-        if not (self.tokens or self.moved or noted is not None or across):
-            return None
         ids = kwargs.get("input_ids")
+        filled = self.items.embedded(ids, self.embed) if self.items and ids is not None else None
+        if filled is not None:
+            kwargs |= {"input_ids": None, "inputs_embeds": filled}
+        if not (self.tokens or self.moved or noted is not None or across):
+            return None if filled is None else ((), kwargs)
         some: Tensor = kwargs["inputs_embeds"] if ids is None else ids
         batch, length = some.shape[:2]
         self.past = 0 if cache is None else int(cache.get_seq_length())

@@ -115,6 +115,10 @@ class Brick(nn.Module, ABC):
     def plugs(self) -> Iterable[Plug]:
         """What the brick puts into the backbone's slots; called each time a plan is made."""
 
+    def needs(self) -> list[str]:
+        """Fingerprints of what the brick means nothing without, besides its backbone."""
+        return []
+
     def penalty(self) -> Tensor | None:
         """What the kind adds to each training step's loss, a scalar; None for nothing."""
         return None

@@ -49,7 +49,8 @@ class Encoder:
         self.model = load_backbone(resolve(section), dtype="float32")
         if self.model.family != "encoder":
             raise UserError(
-                f"encoder: '{self.model.id}' is a language model, no encoder: use encoder=minilm."
+                f"sentence_encoder: '{self.model.id}' is a language model, no encoder: use "
+                "backbone@sentence_encoder=minilm."
             )
         if fingerprint is not None and self.model.fingerprint != fingerprint:
             raise UserError(

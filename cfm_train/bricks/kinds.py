@@ -9,6 +9,10 @@ from cfm_train.bricks.brick import Brick
 from cfm_train.config.signature import class_of, kinds
 from cfm_train.errors import UserError, nearest
 
+#: Where brick kinds stand: those that ``brick=`` names, then those that operations of their own
+#: make.
+ROOMS = ("bricks", "modality")
+
 
 def brick_class(kind: str) -> type[Brick]:
     """The class of a kind.
@@ -16,10 +20,10 @@ def brick_class(kind: str) -> type[Brick]:
     Raises:
         UserError: there is no such kind.
     """
-    names = kinds("bricks", "Brick")
+    names = {name: room for room in reversed(ROOMS) for name in kinds(room, "Brick")}
     if kind not in names:
         raise UserError(f"There is no brick kind '{kind}'.{nearest(kind, names)}")
-    return class_of("bricks", kind, Brick)
+    return class_of(names[kind], kind, Brick)
 
 
 def make_brick(section: Mapping[str, Any]) -> Brick:

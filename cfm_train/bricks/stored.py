@@ -35,7 +35,7 @@ def store(brick: Brick, library: Library, backbone: Backbone, **known: Any) -> C
         kind=brick.kind,
         granularity=brick.granularity,
         sites=list(brick.site_names),
-        requires=[backbone.fingerprint],
+        requires=[backbone.fingerprint, *brick.needs()],
         backbone_id=backbone.id,
         heads=brick.describe_heads(),
         interface=brick.interface(),

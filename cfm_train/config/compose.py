@@ -25,7 +25,7 @@ from cfm_train.config import sentences, source
 from cfm_train.config.catalogue import groups, recipes
 from cfm_train.config.free_text import text_keys
 from cfm_train.config.quoting import decode, encode, quote
-from cfm_train.config.validate import MISSING, brick_text_keys, leaves
+from cfm_train.config.validate import METHODS, MISSING, brick_text_keys, leaves
 from cfm_train.errors import UserError, nearest
 
 VERSION_BASE = "1.3"
@@ -155,7 +155,7 @@ def prepare(overrides: Sequence[str], *, sweep: bool = False) -> list[str]:
         UserError: no recipe, an unknown recipe or option, or an argument that is no override.
     """
     kinds = text_keys()
-    if any(override.lstrip("+").startswith("brick.") for override in overrides):
+    if any(override.lstrip("+").partition(".")[0] in METHODS for override in overrides):
         kinds = kinds | brick_text_keys()
     known = groups()
     prepared = []

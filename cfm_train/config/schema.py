@@ -7,7 +7,7 @@ stand in ``conf/`` alone. What runs are made of stands in `sections`. A key whos
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -21,15 +21,20 @@ from cfm_train.config.sections import (
     Backbone,
     Brick,
     Calibration,
+    ClassItems,
+    Connector,
     Corpora,
     Data,
     Documents,
+    Encoder,
     Evaluation,
     EvaluationData,
     FactEvaluation,
     FactGate,
     FactsData,
+    FeatureCache,
     Intervals,
+    Items,
     Objective,
     PredictionData,
     Teaching,
@@ -37,7 +42,7 @@ from cfm_train.config.sections import (
     Tracking,
     Trainer,
 )
-from cfm_train.config.types import Count, Positive
+from cfm_train.config.types import Count, Positive, Text
 
 NAME = r"^[^/\\\x00-\x1f]+$"
 
@@ -91,6 +96,44 @@ class Pretrain(Run):
     dtype: Literal["float32", "bfloat16", "float16"]
     evaluation: Intervals
     out: str
+
+
+class Align(Run):
+    """Train what lets a language model read a frozen encoder's features."""
+
+    backbone: Backbone
+    encoder: Encoder
+    connector: Connector
+    tags: bool
+    data: Items
+    cache: FeatureCache
+    trainer: Trainer
+    evaluation: Intervals
+
+
+class Classify(Run):
+    """Put items into classes by how likely the language model finds each one's name."""
+
+    backbone: Backbone | None
+    bricks: list[str]
+    encoder: dict[str, Any] | None
+    data: ClassItems
+    score: Literal["sum", "mean"]
+    cache: FeatureCache
+    evaluation: Intervals
+
+
+class Generate(Run):
+    """Let a language model with bricks answer a prompt."""
+
+    backbone: Backbone | None
+    bricks: list[str]
+    encoder: dict[str, Any] | None
+    prompt: Text
+    image: str | None
+    audio: str | None
+    features: str | None
+    max_new_tokens: Positive
 
 
 class Evaluate(Run):
@@ -197,7 +240,7 @@ class Teach(Run):
     """Teach a brick facts, each with parameters of its own."""
 
     backbone: Backbone
-    encoder: Backbone
+    sentence_encoder: Backbone
     brick: Brick
     data: FactsData
     gate: FactGate
@@ -223,6 +266,9 @@ OPERATIONS: dict[str, type[Run]] = {
     "train": Train,
     "study": Study,
     "pretrain": Pretrain,
+    "align": Align,
+    "classify": Classify,
+    "generate": Generate,
     "evaluate": Evaluate,
     "predict": Predict,
     "merge": Merge,

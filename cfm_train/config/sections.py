@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 
 from cfm_train.config.section import Section
-from cfm_train.config.types import Count, Fraction, NonNegative, Positive, Rate, Share
+from cfm_train.config.types import Count, Fraction, NonNegative, Positive, Rate, Share, Text
 
 SHA256 = "^[0-9a-f]{64}$"
 
@@ -43,6 +43,62 @@ class Brick(Section):
 
     kind: Literal["?"]  # replaced by the kinds that exist
     learning_rate: Rate
+
+
+class Encoder(Section):
+    """A frozen model of another modality; its parameters are added from its class."""
+
+    model_config = ConfigDict(extra="allow")
+
+    kind: Literal["?"]
+
+
+class Connector(Section):
+    """What turns an encoder's features into tokens; its parameters are added from its class."""
+
+    model_config = ConfigDict(extra="allow")
+
+    kind: Literal["?"]
+    learning_rate: Rate
+
+
+class Items(Section):
+    """Items of a modality with what is said of them: rows, or a folder or zip with a folder for
+    each class.
+
+    ``prompt`` stands before a row's text where the row holds no messages; ``<item>`` in it is where
+    the item goes. ``root`` is the folder or zip that the rows' paths are read from.
+    """
+
+    items: str
+    validation: str | None
+    test: str | None
+    root: str | None
+    text: str
+    prompt: Text
+    max_length: Positive
+    validation_fraction: Share
+    test_fraction: Share
+    limit: Positive | None
+
+
+class ClassItems(Section):
+    """Items to put into classes, each with its right one."""
+
+    items: str
+    root: str | None
+    text: str
+    classes: list[str] | None
+    prompt: Text | None
+    max_length: Positive
+    limit: Positive | None
+
+
+class FeatureCache(Section):
+    """Where an encoder's features are kept on disk, and how much they may take there."""
+
+    limit_gb: Rate
+    dtype: Literal["float16", "float32"]
 
 
 class Splits(Section):

@@ -21,6 +21,16 @@ from cfm_train.errors import UserError, nearest
 
 MISSING = "???"
 
+#: Sections that choose a method by its ``kind`` -> where its file lies, and its base class.
+METHODS = {
+    "brick": ("bricks", "Brick"),
+    "encoder": ("modality/encoders", "Encoder"),
+    "connector": ("modality/connectors", "Connector"),
+    "objective": ("knowledge/objectives", "Objective"),
+}
+#: Those of them that have a learning rate.
+TRAINED = frozenset({"brick", "connector"})
+
 #: What keys are called elsewhere -> what they are called here.
 CALLED = {
     "lr": "brick.learning_rate",
@@ -90,49 +100,51 @@ def model_of(config: Mapping[str, Any]) -> type[schema.Run]:
         if "search" in model.model_fields and isinstance(config.get("search"), Mapping):
             fields["search"] = (searching.model_of(str(config["search"].get("kind"))), ...)
         return create_model(model.__name__, __base__=model, **fields)
-    methods: Any = {}
-    for key, room, base, made in (
-        ("brick", "bricks", "Brick", brick_model),
-        ("objective", "knowledge/objectives", "Objective", objective_model),
-    ):
+    chosen_kinds: dict[str, Any] = {}
+    for key in METHODS:
         section = config.get(key)
         if key not in model.model_fields or not isinstance(section, Mapping):
             continue
-        kind, known = section.get("kind"), signature.kinds(room, base)
+        kind, known = section.get("kind"), signature.kinds(*METHODS[key])
         if kind not in known:
             raise UserError(
                 f"{key}.kind: there is no {key} kind {value(kind)}.{nearest(str(kind), known)}"
             )
-        methods[key] = (made(str(kind)), ...)
-    return create_model(model.__name__, __base__=model, **methods) if methods else model
+        chosen_kinds[key] = (method_model(key, str(kind)), ...)
+    return create_model(model.__name__, __base__=model, **chosen_kinds) if chosen_kinds else model
 
 
 @functools.cache
-def brick_model(kind: str) -> type[Section]:
-    """The schema of one brick kind, made from the arguments of its class."""
-    fields: dict[str, Any] = {"kind": (Literal[kind], ...), "learning_rate": (Rate, ...)}
-    for name, annotation in signature.arguments("bricks", kind, "Brick").items():
-        fields[name] = (annotation, ...)
-    return create_model(f"Brick_{kind}", __base__=Section, **fields)
+def method_model(key: str, kind: str) -> type[Section]:
+    """The schema of one kind of a method, from the arguments of its class.
 
-
-@functools.cache
-def objective_model(kind: str) -> type[Section]:
-    """The schema of one objective on documents, made from the arguments of its class."""
+    Args:
+        key: the section, of ``METHODS``.
+        kind: the method's file name.
+    """
     fields: dict[str, Any] = {"kind": (Literal[kind], ...)}
-    for name, annotation in signature.arguments("knowledge/objectives", kind, "Objective").items():
+    if key in TRAINED:
+        fields["learning_rate"] = (Rate, ...)
+    room, base = METHODS[key]
+    for name, annotation in signature.arguments(room, kind, base).items():
         fields[name] = (annotation, ...)
-    return create_model(f"Objective_{kind}", __base__=Section, **fields)
+    return create_model(f"{base}_{kind}", __base__=Section, **fields)
+
+
+def brick_model(kind: str) -> type[Section]:
+    """The schema of one brick kind."""
+    return method_model("brick", kind)
 
 
 @functools.cache
 def brick_text_keys() -> dict[str, TextKind]:
-    """The free-text parameters of brick kinds, except those on which two kinds disagree."""
+    """The free-text parameters of all kinds of `METHODS`, except where two kinds disagree."""
     found: dict[str, TextKind | None] = {}
-    for kind in signature.kinds("bricks", "Brick"):
-        for name, annotation in signature.arguments("bricks", kind, "Brick").items():
-            key, text = f"brick.{name}", text_kind(annotation)
-            found[key] = text if found.get(key, text) == text else None
+    for section, (room, base) in METHODS.items():
+        for kind in signature.kinds(room, base):
+            for name, annotation in signature.arguments(room, kind, base).items():
+                key, text = f"{section}.{name}", text_kind(annotation)
+                found[key] = text if found.get(key, text) == text else None
     return {key: text for key, text in found.items() if text is not None}
 
 
@@ -191,7 +203,8 @@ def _unknown(config: Mapping[str, Any], model: type[schema.Run], path: list[str]
             listed = " and ".join(filter(None, [", ".join(owners[:-1]), owners[-1]]))
             return f"{key} is a key of operation {listed}, not of {operation}."
         return f"{key} is no key of operation {operation}.{nearest(key, _keys(model))}"
-    owner = f"brick '{config['brick']['kind']}'" if path[0] == "brick" else ".".join(path[:-1])
+    chosen = path[0] in METHODS
+    owner = f"{path[0]} '{config[path[0]]['kind']}'" if chosen else ".".join(path[:-1])
     return f"{key} is no key of {owner}.{nearest(key, _keys(model, path[:-1]))}"
 
 

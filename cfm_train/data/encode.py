@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,10 @@ class Encoded:
         """The part of a flat array that belongs to one row."""
         offsets = self.arrays[OFFSETS.get(name, "offsets")]
         return self.arrays[name][offsets[index] : offsets[index + 1]]
+
+    def extras(self, indices: Sequence[int] | np.ndarray) -> dict[str, Any]:
+        """What a batch of these rows holds besides token numbers; nothing where all is text."""
+        return {}
 
     def row(self, index: int) -> Row:
         """The row a batch's ``index`` points to, with ``_at``, where it stood.

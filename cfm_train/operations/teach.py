@@ -60,7 +60,7 @@ def check(config: dict[str, Any]) -> Inputs:
             f"{' or '.join(known)}."
         )
     backbone = resolve(config["backbone"])
-    encoder = resolve(config["encoder"]) if config["gate"]["kind"] == "encoder" else None
+    encoder = resolve(config["sentence_encoder"]) if config["gate"]["kind"] == "encoder" else None
     facts = read_facts(config["data"]["facts"], limit=config["data"]["limit"])
     unrelated = _text(config["data"]["unrelated"])
     library = Library(config["library"])
@@ -161,7 +161,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
         figures: dict[str, Any] = {}
         requires = [backbone.fingerprint]
         if inputs.encoder is not None:
-            encoder = Encoder(config["encoder"])
+            encoder = Encoder(config["sentence_encoder"])
             requires.append(encoder.fingerprint)
             with tqdm(desc="gate: prompts encoded", unit="prompt", leave=False) as bar:
                 calibrated = calibrate(

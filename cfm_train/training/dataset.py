@@ -19,6 +19,7 @@ from cfm_train.training.objectives import BESIDE, Batch
 def make_batch(task: str, encoded: Encoded, indices: object, pad_id: int) -> Batch:
     """A collated batch that knows its task and its real tokens: the input's, and the decoder's."""
     batch: Batch = dict(collate(encoded, indices, pad_id))  # type: ignore[arg-type]
+    batch |= encoded.extras(indices)  # type: ignore[arg-type]
     batch["task"] = task
     batch["tokens"] = int(batch["attention_mask"].sum())
     generates = "target_ids" in encoded.arrays

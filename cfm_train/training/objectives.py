@@ -93,6 +93,7 @@ def compute(task_type: str, backbone: Backbone, head: Head | None, batch: Batch)
         head: the task's head, None where the language model's own answers.
         batch: ``input_ids`` and ``attention_mask`` int64 ``[batch, seq]``, ``labels`` by task type.
     """
+    backbone.slots.take(batch)
     if task_type in HEADED:
         assert head is not None
         extra = {key: batch[key] for key in ("token_type_ids",) if key in batch}

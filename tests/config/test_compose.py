@@ -14,13 +14,7 @@ from cfm_train.config.catalogue import groups, recipes
 from cfm_train.config.compose import as_yaml, compose, expand, option
 from cfm_train.config.merging import ROOMS, Merging, complete, methods, own_arguments
 from cfm_train.config.quoting import decode
-from cfm_train.config.validate import (
-    MISSING,
-    brick_model,
-    leaves,
-    objective_model,
-    validate,
-)
+from cfm_train.config.validate import METHODS, MISSING, leaves, method_model, validate
 from cfm_train.errors import UserError
 
 #: A value for each key that a recipe may ask of a person.
@@ -67,7 +61,7 @@ def test_every_recipe_says_what_it_is_for_and_what_it_needs(name: str) -> None:
 def test_every_option_fits_its_schema(group: str, name: str) -> None:
     assert groups()[group][name].purpose
     given = {"name": "x"} if (group, name) == ("data", "custom") else {}
-    given |= {"path": "x"} if (group, name) == ("backbone", "hf") else {}
+    given |= {"path": "x"} if (group, name) in (("backbone", "hf"), ("encoder", "vision")) else {}
     given |= {"learning_rate": 0.1} if group == "trainer" else {}
     if group == "sparsify":
         complete("linear", {"sparsify": name})
@@ -79,10 +73,7 @@ def test_every_option_fits_its_schema(group: str, name: str) -> None:
         searching.model_of(name).model_validate(option(group, name))
         return
     section = option(group, name, **given)
-    if group == "objective":
-        objective_model(section["kind"]).model_validate(section)
-        return
-    kind = brick_model(section["kind"]) if group == "brick" else SECTIONS[group]
+    kind = method_model(group, section["kind"]) if group in METHODS else SECTIONS[group]
     kind.model_validate(section)
 
 
@@ -95,9 +86,13 @@ def test_every_merge_method_has_a_yaml_and_parameters_of_its_own(key: str) -> No
         assert not own_arguments(ROOMS[key][0], name).keys() & (taken | Merging.model_fields.keys())
 
 
-@pytest.mark.parametrize("kind", signature.kinds("bricks", "Brick"))
-def test_every_brick_kind_has_a_yaml(kind: str) -> None:
-    assert kind in {option("brick", name)["kind"] for name in groups()["brick"]}
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [(key, kind) for key, where in METHODS.items() for kind in signature.kinds(*where)],
+)
+def test_every_kind_of_a_method_has_a_yaml(key: str, kind: str) -> None:
+    texts = [one.path.read_text(encoding="utf-8") for one in groups()[key].values()]
+    assert any(f"\nkind: {kind}\n" in text for text in texts)
 
 
 def test_heads_learn_at_one_rate_alone_and_on_a_brick() -> None:

@@ -1,0 +1,119 @@
+"""Who an encoder is, told before torch: its folder, and a fingerprint of all that decides features.
+
+The fingerprint covers the kind, every parameter but the path, and the content of the files that the
+encoder reads; so the same model in another folder is the same encoder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cfm_train.backbone.fingerprint import file_hash
+from cfm_train.config import signature
+from cfm_train.errors import UserError, nearest
+from cfm_train.library.card import canonical
+
+if TYPE_CHECKING:
+    from cfm_train.modality.encoders.encoder import Encoder
+
+ROOM = "modality/encoders"
+
+#: Raised whenever an encoder of the same section would give other features.
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class FoundEncoder:
+    """An encoder on this machine.
+
+    Attributes:
+        section: kind and parameters, as in ``conf/encoder``.
+        folder: where its weights lie; None where it has none.
+        fingerprint: who it is, 64 hexadecimal digits.
+        modality: what its items are called.
+    """
+
+    section: dict[str, Any]
+    folder: Path | None
+    fingerprint: str
+    modality: str
+
+    def describe(self) -> dict[str, Any]:
+        """What a card keeps: all but where it lies."""
+        known = {key: value for key, value in self.section.items() if key != "path"}
+        return known | {"fingerprint": self.fingerprint}
+
+    def open(self) -> Encoder:
+        """The encoder itself, frozen."""
+        from cfm_train.modality.encoders.encoder import Encoder
+
+        arguments = {key: value for key, value in self.section.items() if key != "kind"}
+        made: Encoder = signature.class_of(ROOM, self.section["kind"], Encoder)(**arguments)
+        made = made.build(self.folder).freeze()
+        made.fingerprint = self.fingerprint
+        return made
+
+
+def find_encoder(section: Mapping[str, Any]) -> FoundEncoder:
+    """Finds the encoder that an ``encoder`` section names, without torch.
+
+    Raises:
+        UserError: there is no such kind, folder or module.
+    """
+    section = dict(section)
+    kind = str(section["kind"])
+    known = signature.kinds(ROOM, "Encoder")
+    if kind not in known:
+        raise UserError(f"encoder.kind: there is no encoder kind '{kind}'.{nearest(kind, known)}")
+    folder = _folder(section.get("path"))
+    content: dict[str, Any] = {k: v for k, v in section.items() if k != "path"}
+    content |= {"format": FORMAT, "files": _files(folder)}
+    if section.get("target"):
+        content["source"] = file_hash(_source(str(section["target"])))
+    digest = hashlib.sha256(canonical(content).encode()).hexdigest()
+    facts = signature.constants(ROOM, kind, "Encoder")
+    modality = section.get("modality") or facts.get("modality", "image")
+    return FoundEncoder(section, folder, digest, str(modality))
+
+
+def _folder(path: Any) -> Path | None:
+    if path is None:
+        return None
+    from cfm_train.backbone.spec import find_folder
+
+    return find_folder(str(path), None, key="encoder.path")
+
+
+def _files(folder: Path | None) -> dict[str, str]:
+    """The hash of every file that can change what an encoder in a folder does."""
+    if folder is None:
+        return {}
+    names = ["config.json", "preprocessor_config.json"]
+    files = [folder / name for name in names if (folder / name).is_file()]
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise UserError(
+            f"encoder.path: {folder} holds no weights as safetensors; give the folder that "
+            "save_pretrained() wrote."
+        )
+    return {file.name: file_hash(file) for file in [*files, *weights]}
+
+
+def _source(target: str) -> Path:
+    """The Python file that ``module:name`` names."""
+    module, colon, _ = target.partition(":")
+    try:
+        found = importlib.util.find_spec(module) if colon and module else None
+    except (ImportError, ValueError):
+        found = None
+    if found is None or not found.origin or not Path(found.origin).is_file():
+        raise UserError(
+            f"encoder.target={target}: there is no such module; write module:name of something "
+            "that Python can import here."
+        )
+    return Path(found.origin)

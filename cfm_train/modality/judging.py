@@ -1,0 +1,124 @@
+"""What a trained connector is worth: its loss, the same with shuffled items, and what it does to
+text.
+
+A connector that ignores its input does as well on another row's items: the gain, the loss with
+shuffled items less the loss with the right ones, is then zero. On text alone it must do nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cfm_train.backbone.load import Backbone
+from cfm_train.data.encode import TaskData
+from cfm_train.data.sources import Checked
+from cfm_train.evaluation.evaluator import predict
+from cfm_train.evaluation.intervals import paired_interval
+from cfm_train.modality.cache import FeatureCache
+from cfm_train.modality.encoding import ItemRows, Placeholder, encode_items, shuffled
+from cfm_train.modality.modality import Modality
+from cfm_train.modality.writing import write_answers
+
+#: Rows of text that the check looks at.
+PROBE = 4
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Figures, checks and samples for the record."""
+
+    figures: dict[str, dict[str, Any]]
+    checks: dict[str, dict[str, Any]]
+    samples: list[dict[str, Any]]
+
+
+def judge(
+    config: Mapping[str, Any],
+    backbone: Backbone,
+    brick: Modality,
+    task: TaskData,
+    checked: Checked,
+    placeholder: Placeholder,
+    cache: FeatureCache,
+    bare: Tensor,
+) -> Judged:
+    """Judges a trained brick on the test rows; without test rows by its checks alone.
+
+    Args:
+        config: of the run: ``seed``, ``evaluation``, ``trainer.samples``.
+        backbone: nothing plugged.
+        brick: the brick.
+        task: the splits as token numbers.
+        checked: the rows.
+        placeholder: what stands for an item.
+        cache: the features.
+        bare: what `bare_text` gave before the brick was built.
+    """
+    figures: dict[str, dict[str, Any]] = {}
+    samples: list[dict[str, Any]] = []
+    if task.test is not None:
+        assert isinstance(task.test, ItemRows)
+        other = encode_items(
+            checked.rows["test"],
+            backbone.tokenizer,
+            placeholder,
+            cache.read,
+            task.test.max_length,
+            shuffled(checked.rows["test"], config["seed"]),
+        )
+        losses = {}
+        with backbone.slots.plugged([brick]):
+            for name, rows in (("test", task.test), ("shuffled", other)):
+                answers = predict(backbone, None, task.spec, rows)
+                scores = answers.scores(
+                    bootstrap=config["evaluation"]["bootstrap"], seed=config["seed"]
+                )
+                figures[f"{name}/loss"] = scores["loss"].as_dict()
+                losses[name] = np.array(
+                    [s / max(1, n) for _, (s, n) in sorted(answers.losses.items())]
+                )
+            samples = write_answers(backbone, task.test, config["trainer"]["samples"])
+        gain = paired_interval(
+            losses["shuffled"],
+            losses["test"],
+            bootstrap=config["evaluation"]["bootstrap"],
+            seed=config["seed"],
+        )
+        figures["gain over shuffled/loss"] = gain.as_dict()
+    with backbone.slots.plugged([brick]):
+        moved = float((bare_text(backbone, checked) - bare).abs().max())
+    same = torch.equal(bare_text(backbone, checked), bare)
+    return Judged(
+        figures,
+        {
+            "text logits": {"value": moved, "tolerance": 0.0, "passed": moved == 0.0},
+            "unplugged equals bare": {"value": same, "tolerance": None, "passed": same},
+        },
+        samples,
+    )
+
+
+@torch.inference_mode()
+def bare_text(backbone: Backbone, checked: Checked) -> Tensor:
+    """Logits of some rows' texts alone, as the backbone is plugged now."""
+    texts = [
+        row["answer"] if "answer" in row else row["turns"][-1]["content"]
+        for row in checked.rows["train"][:PROBE]
+    ]
+    tokenizer = backbone.tokenizer
+    whole = tokenizer(texts, truncation=True, max_length=64)["input_ids"]
+    width = max(2, *(len(ids) for ids in whole))
+    ids = torch.full((len(whole), width), int(tokenizer.pad_token_id))
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(whole):
+        ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
+        mask[row, : max(1, len(tokens))] = 1
+    backbone.slots.take({})
+    device = backbone.device
+    return backbone.logits(input_ids=ids.to(device), attention_mask=mask.to(device)).float()

@@ -1,0 +1,70 @@
+"""Greedy answers to prompts with items."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from cfm_train.backbone.load import Backbone
+from cfm_train.data.tasks import IGNORED
+from cfm_train.modality.encoding import ItemRows
+
+
+def write_answers(
+    backbone: Backbone, rows: ItemRows, count: int, limit: int = 48
+) -> list[dict[str, Any]]:
+    """What the backbone, as it is plugged, writes for the first rows, as the record's samples.
+
+    Args:
+        backbone: the language model with its modality brick.
+        rows: a split.
+        count: how many rows.
+        limit: most new tokens.
+    """
+    samples = []
+    tokenizer = backbone.tokenizer
+    for i in range(min(count, len(rows))):
+        start = int(rows.arrays["answer_starts"][i])
+        prompt = rows.slice("input_ids", i)[:start].tolist()
+        labels = rows.slice("token_labels", i)
+        right = tokenizer.decode(labels[labels != IGNORED].tolist(), skip_special_tokens=True)
+        row = rows.rows[i]
+        said = generate(backbone, prompt, rows.extras([i]), limit)
+        asked = row["prompt"] if "prompt" in row else row["turns"][0]["content"]
+        samples.append(
+            {
+                "input": f"{asked} ({', '.join(one[:80] for one in row['_items'])})",
+                "prediction": said,
+                "reference": right.strip(),
+                "at": str(row["_at"]),
+            }
+        )
+    return samples
+
+
+@torch.inference_mode()
+def generate(
+    backbone: Backbone, prompt: Sequence[int], batch: Mapping[str, Any], limit: int
+) -> str:
+    """What the backbone, as it is plugged, writes after a prompt.
+
+    Args:
+        backbone: the language model.
+        prompt: token ids, placeholders among them.
+        batch: the features of the prompt's items, see `Modality.take`.
+        limit: most new tokens.
+    """
+    tokenizer = backbone.tokenizer
+    ids = torch.tensor([list(prompt)], device=backbone.device)
+    backbone.slots.take(batch)
+    written = backbone.model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=limit,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return str(tokenizer.decode(written[0, len(prompt) :], skip_special_tokens=True)).strip()
