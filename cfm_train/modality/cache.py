@@ -58,7 +58,7 @@ class FeatureCache:
             stored = (self.folder / "data.bin").stat().st_size
         except (OSError, ValueError, KeyError):
             return
-        size = self.width * self.dtype.itemsize
+        one = self.width * self.dtype.itemsize
         self.index, end = {}, 0
         for line in lines:
             try:
@@ -66,7 +66,7 @@ class FeatureCache:
             except ValueError:
                 break  # the line that a kill cut off
             last = entry["at"] + entry["n"]
-            if last * size > stored:
+            if last * one > stored:
                 break
             self.index[entry["item"]] = (entry["at"], entry["n"])
             end = max(end, last)
@@ -84,7 +84,7 @@ class FeatureCache:
         """How many vectors an item has."""
         return self.index[item][1]
 
-    def bytes(self) -> int:
+    def size(self) -> int:
         """How much the encoder's features take on disk."""
         return int(self._data.nbytes)
 
@@ -123,7 +123,7 @@ class FeatureCache:
                 self._write(encoder, left, wanted, read, about)
             self.reload()
         found = len(wanted) - len(missing)
-        return {"made": len(missing), "found": found, "bytes": self.bytes()}
+        return {"made": len(missing), "found": found, "bytes": self.size()}
 
     def forecast(
         self,
@@ -148,7 +148,7 @@ class FeatureCache:
         limit_gb: float,
     ) -> None:
         needed = self.forecast(encoder, missing, wanted, read)
-        total = needed + self.bytes()
+        total = needed + self.size()
         print(
             f"features: {len(missing):,} items to encode, {needed / 1e6:.1f} MB "
             f"({encoder.width} numbers each, {self.dtype})",

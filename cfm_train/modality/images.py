@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import struct
 import zlib
@@ -60,12 +61,12 @@ def _rgb(image: np.ndarray) -> np.ndarray:
 
 def _pillow(content: bytes, at: str) -> np.ndarray:
     try:
-        from PIL import Image
+        pillow = importlib.import_module("PIL.Image")
     except ImportError:
         raise UserError(
             f"{at}: only PNG and .npy images can be read without Pillow: pip install pillow."
         ) from None
-    with Image.open(io.BytesIO(content)) as image:
+    with pillow.open(io.BytesIO(content)) as image:
         return np.asarray(image.convert("RGB"))
 
 

@@ -143,6 +143,7 @@ def read_rows(path: str, section: Mapping[str, Any], modality: str, reader: Read
         UserError: as `check_items`.
     """
     source = Path(path).expanduser()
+    found: list[Row]
     if _is_tree(source):
         found = [
             {"_items": [str(file.absolute())], "answer": file.parent.name, "_at": str(file)}
@@ -248,14 +249,14 @@ def _turns(messages: Any, at: str, modality: str) -> tuple[list[dict[str, str]],
         for part in parts:
             kind = part.get("type") if isinstance(part, dict) else None
             if kind == "text" and isinstance(part.get("text"), str):
-                text += part["text"]
+                text += str(part["text"])
             elif kind == modality:
                 text += f"<{modality}>"
                 if (one := part.get(modality, part.get("path", part.get("url")))) is not None:
                     items.append(one)
             else:
                 _stop(at, f"a part of a message is a text or of type {modality}, found {kind!r}")
-        turns.append({"role": ROLES[role], "content": text})
+        turns.append({"role": ROLES[str(role)], "content": text})
     roles = [t["role"] for t in turns if t["role"] != "system" or t is not turns[0]]
     if any(role != ("user", "assistant")[i % 2] for i, role in enumerate(roles)) or not roles:
         _stop(at, "user and assistant must take turns, the user first, after one system message")

@@ -29,7 +29,8 @@ def write_answers(
         start = int(rows.arrays["answer_starts"][i])
         prompt = rows.slice("input_ids", i)[:start].tolist()
         labels = rows.slice("token_labels", i)
-        right = tokenizer.decode(labels[labels != IGNORED].tolist(), skip_special_tokens=True)
+        wanted = labels[labels != IGNORED].tolist()
+        right = str(tokenizer.decode(wanted, skip_special_tokens=True))
         row = rows.rows[i]
         said = generate(backbone, prompt, rows.extras([i]), limit)
         asked = row["prompt"] if "prompt" in row else row["turns"][0]["content"]

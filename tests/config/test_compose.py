@@ -62,6 +62,7 @@ def test_every_option_fits_its_schema(group: str, name: str) -> None:
     assert groups()[group][name].purpose
     given = {"name": "x"} if (group, name) == ("data", "custom") else {}
     given |= {"path": "x"} if (group, name) in (("backbone", "hf"), ("encoder", "vision")) else {}
+    given |= {"numbers": 8} if (group, name) == ("encoder", "vectors") else {}
     given |= {"learning_rate": 0.1} if group == "trainer" else {}
     if group == "sparsify":
         complete("linear", {"sparsify": name})

@@ -21,6 +21,7 @@ WIDTH = 6
 CONNECTORS: dict[str, dict[str, Any]] = {
     "linear": {"kind": "linear", "tokens": 2},
     "mlp": {"kind": "mlp", "tokens": 1, "inner": 10},
+    "resampler": {"kind": "resampler", "tokens": 2, "depth": 2, "inner": 8, "heads": 2},
 }
 
 
@@ -172,3 +173,27 @@ def test_generation_with_a_cache_writes_what_it_writes_without() -> None:
 
     with backbone.slots.plugged([brick]):
         assert torch.equal(write(True), write(False))
+
+
+def test_pixel_shuffle_puts_neighbours_together() -> None:
+    """Against a loop over the grid, in the order of the rows."""
+    from cfm_train.modality.connectors.connector import make_connector
+
+    connector = make_connector({"kind": "pixel_shuffle", "factor": 2}).build(WIDTH, 5, 1.0)
+    grid = torch.randn(1, 4, 4, WIDTH)
+    tokens, there = connector(grid.reshape(1, 16, WIDTH), torch.ones(1, 16).bool())
+    assert connector.count(16) == tokens.shape[1] == 4 and bool(there.all())
+    for number, (y, x) in enumerate(((0, 0), (0, 2), (2, 0), (2, 2))):
+        near = torch.cat([grid[0, y + i, x + j] for i in (0, 1) for j in (0, 1)])
+        torch.testing.assert_close(tokens[0, number], connector.project(near))
+    with pytest.raises(UserError, match="square grid"):
+        connector.count(15)
+
+
+def test_a_resampler_does_not_see_what_is_not_there() -> None:
+    brick = modality("resampler", tags=False)
+    item = torch.randn(1, 3, WIDTH)
+    alone, _ = brick.tokens_of(item, torch.ones(1, 3).bool())
+    wide = torch.cat([item, 100 * torch.randn(1, 2, WIDTH)], dim=1)
+    beside, _ = brick.tokens_of(wide, torch.tensor([[True] * 3 + [False] * 2]))
+    torch.testing.assert_close(beside, alone, atol=1e-6, rtol=0)

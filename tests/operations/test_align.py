@@ -1,0 +1,209 @@
+"""From items to answers: a connector trained, killed caches, classes, a prompt with an image."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cfm_train.errors import UserError
+from cfm_train.launch.cli import main
+from cfm_train.modality.cache import FeatureCache
+from cfm_train.modality.finding import find_encoder
+from cfm_train.modality.images import read_image
+from cfm_train.modality.items import Reader, check_items
+from cfm_train.modality.scoring import class_scores
+from tests.backbones import folder, tiny
+
+COLOURS = {"w5": (255, 0, 0), "w6": (0, 255, 0), "w7": (0, 0, 255)}
+PATCHES = {"kind": "patches", "size": 16, "patch": 8}
+ALIGN = [
+    "recipe=modality/align",
+    "name=eyes",
+    "backbone=hf",
+    "encoder=patches",
+    "encoder.size=16",
+    "connector.tokens=1",
+    "data.items=items.jsonl",
+    "data.test_fraction=0.3",
+    "trainer.precision=float32",
+    "trainer.samples=1",
+    "evaluation.bootstrap=20",
+    "tracking=disabled",
+]
+
+
+def image(word: str, draw: np.random.Generator) -> np.ndarray:
+    """An image in the colour of a word, with noise."""
+    base = np.zeros((16, 16, 3), np.uint8) + np.array(COLOURS[word], np.uint8) // 2
+    return base + draw.integers(0, 60, (16, 16, 3)).astype(np.uint8)
+
+
+@pytest.fixture
+def items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Thirty images with the word for their colour, and a cache of the test's own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CFM_CACHE", str(tmp_path / "cache"))
+    draw, rows = np.random.default_rng(0), []
+    (tmp_path / "img").mkdir()
+    for i in range(30):
+        word = random.Random(i).choice(list(COLOURS))
+        np.save(f"img/{i}.npy", image(word, draw))
+        rows.append(json.dumps({"image": f"img/{i}.npy", "text": word}))
+    (tmp_path / "items.jsonl").write_text("\n".join(rows))
+    return tmp_path
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[dict[str, Any], str]:
+    """A command in this process: its record, and what it printed."""
+    code = main(list(arguments))
+    out = capsys.readouterr()
+    assert code == 0, out.err[-3000:]
+    record = Path(out.out.splitlines()[-1].removeprefix("record: "))
+    return json.loads(record.read_text()), out.out
+
+
+def test_a_connector_learns_classifies_and_is_asked(
+    items: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder("llama"), "lm")
+    record, _ = run(capsys, *ALIGN, "backbone.path=./lm", "trainer.max_steps=60")
+    assert all(check["passed"] for check in record["checks"].values())
+    assert record["checks"]["text logits"]["value"] == 0.0
+    metrics = record["metrics"]
+    assert metrics["shuffled/loss"]["value"] > metrics["test/loss"]["value"] + 0.3
+    assert metrics["gain over shuffled/loss"]["low"] > 0
+    from cfm_train.library.store import Library
+
+    card = Library("outputs/library").find("eyes")
+    assert card.kind == "modality" and len(card.requires) == 2
+    assert "path" not in card.interface["hyper"]["encoder"]
+    classed, _ = run(
+        capsys,
+        "recipe=modality/classify",
+        "bricks=[eyes]",
+        "data.items=items.jsonl",
+        "evaluation.bootstrap=20",
+        "tracking=disabled",
+    )
+    assert classed["metrics"]["test/accuracy"]["value"] > 0.9
+    assert classed["metrics"]["shuffled/accuracy"]["value"] < 0.7
+    word = json.loads((items / "items.jsonl").read_text().splitlines()[0])["text"]
+    asked, out = run(
+        capsys,
+        "recipe=generate",
+        "bricks=[eyes]",
+        "prompt=<image>",
+        "image=img/0.npy",
+        "max_new_tokens=3",
+        "tracking=disabled",
+    )
+    assert asked["samples"][0]["prediction"].split()[0] == word and word in out
+    capsys.readouterr()
+    assert main(["recipe=generate", "bricks=[eyes]", "prompt=a", "audio=img/0.npy"]) == 2
+    assert "no brick reads <audio>" in capsys.readouterr().err
+
+
+def test_the_cache_is_forecast_refused_and_goes_on(items: Path) -> None:
+    found = find_encoder(PATCHES)
+    encoder = found.open()
+    reader = Reader(None, items)
+    names = {f"{i:064d}": (f"img/{i}.npy", "here") for i in range(10)}
+    cache = FeatureCache(items / "cache", found.fingerprint, "float32")
+    size = 10 * 4 * 192 * 4
+    assert cache.forecast(encoder, list(names), names, reader.read) == size
+    with pytest.raises(UserError, match=r"cache\.limit_gb"):
+        cache.fill(encoder, names, reader.read, size / 1e9 * 0.9, {})
+    assert not cache.folder.exists()
+    first = dict(list(names.items())[:6])
+    cache.fill(encoder, first, reader.read, 1.0, {})
+    # A kill between the vectors and their index, and in the middle of a line.
+    with (cache.folder / "data.bin").open("ab") as data:
+        data.write(b"\x00" * 1000)
+    with (cache.folder / "index.jsonl").open("a") as index:
+        index.write('{"item": "bro')
+    again = FeatureCache(items / "cache", found.fingerprint, "float32")
+    assert again.fill(encoder, names, reader.read, 1.0, {})["made"] == 4
+    for item, (reference, _) in names.items():
+        alone, _ = encoder.encode([encoder.load(reader.read(reference, ""), "")])
+        np.testing.assert_array_equal(again.read(item), alone[0].numpy())
+    assert again.size() == size
+
+
+def test_items_from_folders_zips_typed_messages_and_llava(items: Path) -> None:
+    base = {"items": "", "validation": None, "test": None, "root": None, "text": "text",
+            "prompt": "<item> is", "validation_fraction": 0.0, "test_fraction": 0.0,
+            "limit": None}  # fmt: skip
+    (items / "tree" / "cat").mkdir(parents=True)
+    shutil.copy("img/0.npy", "tree/cat/0.npy")
+    with zipfile.ZipFile("pets.zip", "w") as archive:
+        archive.write("img/0.npy", "train/cat/0.npy")
+    for place in ("tree", "pets.zip", "pets.zip/train"):
+        (row,) = check_items({**base, "items": place}, "image", "x")[0].rows["train"]
+        assert (row["answer"], row["prompt"]) == ("cat", "<image> is")
+    forms = [
+        {"image": "train/cat/0.npy", "conversations": [
+            {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]},
+        {"messages": [{"role": "user", "content": [
+            {"type": "image", "image": "train/cat/0.npy"}, {"type": "text", "text": "\nWhat?"}]},
+            {"role": "assistant", "content": "A cat."}]},
+    ]  # fmt: skip
+    turns = []
+    for form in forms:
+        (items / "rows.jsonl").write_text(json.dumps(form))
+        section = {**base, "items": "rows.jsonl", "root": "pets.zip"}
+        (row,) = check_items(section, "image", "x")[0].rows["train"]
+        turns.append(row["turns"])
+    assert turns[0] == turns[1] and turns[0][0]["content"] == "<image>\nWhat?"
+    (items / "rows.jsonl").write_text('{"image": "nowhere.png", "text": "a"}')
+    with pytest.raises(UserError, match=r"rows\.jsonl:1: there is no item nowhere\.png"):
+        check_items({**base, "items": "rows.jsonl"}, "image", "x")
+
+
+def test_classes_scored_with_a_shared_prefix_are_scored_as_whole_texts() -> None:
+    backbone = tiny("llama")
+    prompts, classes = [[5, 9, 7], [8, 6, 4]], [[10, 1], [11, 12, 1], [13, 14, 15, 1]]
+    found = class_scores(backbone, prompts, classes, {}, "sum")
+    for i, prompt in enumerate(prompts):
+        for j, name in enumerate(classes):
+            with torch.inference_mode():
+                logits = backbone.logits(input_ids=torch.tensor([prompt + name])).double()
+            told = logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+            expected = sum(float(told[k, token]) for k, token in enumerate(name))
+            assert found[i, j] == pytest.approx(expected, abs=1e-4)
+    mean = class_scores(backbone, prompts, classes, {}, "mean")
+    np.testing.assert_allclose(mean, found / [2, 3, 4])
+
+
+def test_png_of_every_filter_is_read_to_the_bit() -> None:
+    """Written here by RFC 2083's five filters, one after the other."""
+    import struct
+    import zlib
+
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 7, 3)).astype(np.uint8)
+    data, above = b"", np.zeros(21, int)
+    for y, line in enumerate(pixels.reshape(10, 21).astype(int)):
+        left = np.concatenate([[0, 0, 0], line[:-3]])
+        corner = np.concatenate([[0, 0, 0], above[:-3]])
+        guess = left + above - corner
+        far = np.abs(np.stack([left, above, corner]) - guess)
+        paeth = np.stack([left, above, corner])[far.argmin(axis=0), np.arange(21)]
+        what = (np.zeros(21, int), left, above, (left + above) // 2, paeth)[y % 5]
+        data += bytes([y % 5]) + ((line - what) % 256).astype(np.uint8).tobytes()
+        above = line
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", 7, 10, 8, 2, 0, 0, 0)),
+             (b"IDAT", zlib.compress(data)), (b"IEND", b"")]  # fmt: skip
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in parts
+    )
+    np.testing.assert_array_equal(read_image(png, "here"), pixels)
+    with pytest.raises(UserError, match=r"pillow|no image"):
+        read_image(b"\xff\xd8\xff\xe0 broken", "a.jpg")
