@@ -37,6 +37,7 @@ SECTIONS = {
     "evaluation": sections.Evaluation,
     "tracking": sections.Tracking,
 }
+NEED_A_PATH = (("backbone", "hf"), ("encoder", "vision"), ("encoder", "speech"))
 OPTIONS = [(group, name) for group, options in groups().items() for name in options]
 
 
@@ -61,7 +62,7 @@ def test_every_recipe_says_what_it_is_for_and_what_it_needs(name: str) -> None:
 def test_every_option_fits_its_schema(group: str, name: str) -> None:
     assert groups()[group][name].purpose
     given = {"name": "x"} if (group, name) == ("data", "custom") else {}
-    given |= {"path": "x"} if (group, name) in (("backbone", "hf"), ("encoder", "vision")) else {}
+    given |= {"path": "x"} if (group, name) in NEED_A_PATH else {}
     given |= {"numbers": 8} if (group, name) == ("encoder", "vectors") else {}
     given |= {"learning_rate": 0.1} if group == "trainer" else {}
     if group == "sparsify":
