@@ -64,7 +64,8 @@ def _pillow(content: bytes, at: str) -> np.ndarray:
         pillow = importlib.import_module("PIL.Image")
     except ImportError:
         raise UserError(
-            f"{at}: only PNG and .npy images can be read without Pillow: pip install pillow."
+            f"{at}: only PNG and .npy images can be read without Pillow: pip install "
+            "'cfm_train[vision]'."
         ) from None
     with pillow.open(io.BytesIO(content)) as image:
         return np.asarray(image.convert("RGB"))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -205,5 +207,28 @@ def test_png_of_every_filter_is_read_to_the_bit() -> None:
         for kind, body in parts
     )
     np.testing.assert_array_equal(read_image(png, "here"), pixels)
-    with pytest.raises(UserError, match=r"pillow|no image"):
+    with pytest.raises(UserError, match=r"a\.jpg: is no image that can be read"):
         read_image(b"\xff\xd8\xff\xe0 broken", "a.jpg")
+
+
+def test_images_are_read_as_pillow_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PNG in all its colour types by value, JPEG by way of Pillow; without it, what to install."""
+    pillow = pytest.importorskip("PIL.Image")
+    grey = np.random.default_rng(1).integers(0, 256, (9, 5)).astype(np.uint8)
+    colour = np.random.default_rng(2).integers(0, 256, (9, 5, 4)).astype(np.uint8)
+    for made in (
+        pillow.fromarray(grey), pillow.fromarray(colour[:, :, :3]), pillow.fromarray(colour),
+        pillow.fromarray(colour[:, :, :3]).convert("P"), pillow.fromarray(grey).convert("LA"),
+    ):  # fmt: skip
+        stream = io.BytesIO()
+        made.save(stream, "PNG")
+        np.testing.assert_array_equal(
+            read_image(stream.getvalue(), "here"), np.asarray(made.convert("RGB"))
+        )
+    stream = io.BytesIO()
+    pillow.fromarray(colour[:, :, :3]).save(stream, "JPEG")
+    expected = np.asarray(pillow.open(io.BytesIO(stream.getvalue())).convert("RGB"))
+    np.testing.assert_array_equal(read_image(stream.getvalue(), "here"), expected)
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with pytest.raises(UserError, match=r"pip install 'cfm_train\[vision\]'"):
+        read_image(stream.getvalue(), "a.jpg")
