@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, cast
@@ -154,6 +154,9 @@ class BridgeSlot:
     def unplug(self) -> None:
         """Takes the bridge out."""
         self.plug([])
+
+    def take(self, batch: Mapping[str, Any]) -> None:
+        """Nothing: a bridge reads hidden states alone, and no batch."""
 
     @contextmanager
     def plugged(self, bricks: Sequence[Any], weights: Any = None) -> Iterator[None]:
