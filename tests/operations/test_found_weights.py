@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,8 +15,8 @@ from cfm_train.backbone.load import Backbone
 from cfm_train.config.searching import methods
 from cfm_train.launch.cli import main
 from cfm_train.library.store import Library
-from tests.backbones import folder, section, tiny
-from tests.tasks import raw_row
+from tests.backbones import section, tiny
+from tests.two_bricks import command, two_bricks
 
 FEW = {
     "grid": ["search.weights=[0.0,1.0]", "search.space={scale: [0.5,1.0]}"],
@@ -32,41 +29,11 @@ FEW = {
 TRIALS = {"grid": 8}
 
 
-def command(capsys: Any, *arguments: str) -> tuple[dict[str, Any], str]:
-    """Runs a command; its record and what it printed."""
-    capsys.readouterr()
-    code = main([*arguments, "tracking=disabled"])
-    out, err = capsys.readouterr()
-    assert code == 0, err[-3000:]
-    return json.loads(Path(out.splitlines()[-1].removeprefix("record: ")).read_text()), out
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with two bricks ``a`` and ``b``, each with its task's files."""
-    place = tmp_path_factory.mktemp("found")
-    before, library = Path.cwd(), os.environ.pop("CFM_LIBRARY", None)
-    os.chdir(place)
-    try:
-        for seed, name in enumerate("ab"):
-            draw = random.Random(name)
-            for split, count in (("train", 60), ("test", 16)):
-                rows = [raw_row("classification", draw) for _ in range(count)]
-                text = "\n".join(map(json.dumps, rows)) + "\n"
-                Path(f"{name}.{split}.jsonl").write_text(text)
-            arguments = [
-                "recipe=task/classify", f"name={name}", f"seed={seed}", "backbone=hf",
-                f"backbone.path={folder('bert')}", f"data.train={name}.train.jsonl",
-                f"data.test={name}.test.jsonl", "data.validation_fraction=0.3",
-                "trainer.max_steps=3", "trainer.samples=0", "evaluation.bootstrap=20",
-                "tracking=disabled",
-            ]  # fmt: skip
-            assert main(arguments) == 0
+    with two_bricks(tmp_path_factory.mktemp("found")) as place:
         yield place
-    finally:
-        os.chdir(before)
-        if library is not None:
-            os.environ["CFM_LIBRARY"] = library
 
 
 @pytest.fixture(scope="module")

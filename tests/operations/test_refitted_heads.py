@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,41 +11,16 @@ import torch
 from cfm_train.launch.cli import main
 from cfm_train.library.store import Library
 from tests.backbones import folder, tiny
-from tests.tasks import raw_row
+from tests.two_bricks import command, two_bricks
 
-MERGE = ["recipe=merge/task_arithmetic", "bricks=[a,b]", "merge.scale=0.5"]
-
-
-def command(capsys: Any, *arguments: str) -> tuple[dict[str, Any], str]:
-    """Runs a command; its record and what it printed."""
-    capsys.readouterr()
-    code = main([*arguments, "tracking=disabled", "evaluation.bootstrap=20"])
-    out, err = capsys.readouterr()
-    assert code == 0, err[-3000:]
-    return json.loads(Path(out.splitlines()[-1].removeprefix("record: ")).read_text()), out
+FEW = "evaluation.bootstrap=20"
+MERGE = ["recipe=merge/task_arithmetic", "bricks=[a,b]", FEW, "merge.scale=0.5"]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with two classifiers ``a`` and ``b``, and a brick ``words`` of a language model."""
-    place = tmp_path_factory.mktemp("refitted")
-    before, library = Path.cwd(), os.environ.pop("CFM_LIBRARY", None)
-    os.chdir(place)
-    try:
-        for seed, name in enumerate("ab"):
-            draw = random.Random(name)
-            for split, count in (("train", 60), ("test", 16)):
-                rows = [raw_row("classification", draw) for _ in range(count)]
-                text = "\n".join(map(json.dumps, rows)) + "\n"
-                Path(f"{name}.{split}.jsonl").write_text(text)
-            arguments = [
-                "recipe=task/classify", f"name={name}", f"seed={seed}", "backbone=hf",
-                f"backbone.path={folder('bert')}", f"data.train={name}.train.jsonl",
-                f"data.test={name}.test.jsonl", "data.validation_fraction=0.3",
-                "brick.learning_rate=0.05", "trainer.max_steps=3", "trainer.samples=0",
-                "evaluation.bootstrap=20", "tracking=disabled",
-            ]  # fmt: skip
-            assert main(arguments) == 0
+    with two_bricks(tmp_path_factory.mktemp("refitted"), "brick.learning_rate=0.05") as place:
         Path("words.jsonl").write_text('{"text": "one two three four five"}\n' * 8)
         arguments = [
             "recipe=task/lm", "name=words", "backbone=hf", f"backbone.path={folder('llama')}",
@@ -58,10 +29,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         ]  # fmt: skip
         assert main(arguments) == 0
         yield place
-    finally:
-        os.chdir(before)
-        if library is not None:
-            os.environ["CFM_LIBRARY"] = library
 
 
 def heads_in(name: str) -> dict[str, dict[str, torch.Tensor]]:
@@ -97,7 +64,9 @@ def test_the_heads_are_those_of_a_comparison(
     assert same(old["a"], heads_in("a")["a"])
     assert not same(new["a"], old["a"]) and not same(new["b"], old["b"])
 
-    compared, _ = command(capsys, "recipe=compare/bricks", "bricks=[plain,anew]", "reuse=false")
+    compared, _ = command(
+        capsys, "recipe=compare/bricks", "bricks=[plain,anew]", "reuse=false", FEW
+    )
     by_hand = {
         cell["task"]: cell["value"] for cell in compared["refitted"] if cell["brick"] == "plain"
     }
@@ -122,7 +91,7 @@ def test_only_the_tasks_that_are_named(trained: Path, capsys: pytest.CaptureFixt
     assert same(heads["a"], heads_in("a")["a"]) and not same(heads["b"], heads_in("b")["b"])
 
     grid = ["search=grid", "search.weights=null", "search.space={scale: [0.5,1.0]}"]
-    sought = [*MERGE[:2], *grid]
+    sought = [*MERGE[:3], *grid]
     found, _ = command(capsys, *sought, "name=sought")
     again, _ = command(capsys, *sought, "name=sought-anew", "heads=refit")
     assert again["search"] == found["search"]
