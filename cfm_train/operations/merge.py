@@ -83,7 +83,7 @@ def check(config: dict[str, Any]) -> Inputs:
     sought = check_search(config, selection, section)
     if sought is not None:
         fingerprints |= sought.fingerprints
-    refitted = refit.check(config, selection)
+    refitted = refit.check(config, selection, sought.tasks if sought is not None else None)
     fingerprints |= data_fingerprints(refitted)
     selection.library.check_writable()
     given = None if section["equal"] is None else weights

@@ -22,19 +22,24 @@ if TYPE_CHECKING:
     from cfm_train.evaluation.scorer import Body, Scorer
 
 
-def check(config: Mapping[str, Any], selection: Selection) -> dict[str, Checked]:
+def check(
+    config: Mapping[str, Any], selection: Selection, sought: Mapping[str, Checked] | None
+) -> dict[str, Checked]:
     """The tasks that get new heads; none where the parents' heads are kept.
 
     Args:
         config: the run's config: ``heads``, ``tasks`` (the bricks' own, unless named), ``data``.
         selection: its bricks.
+        sought: the same tasks where they have been read for a search; None to read them here.
 
     Raises:
         UserError: there is no task with a head, or one has no training rows.
     """
     if config["heads"] == "parents":
         return {}
-    found = find_tasks(config["tasks"], list(selection.cards.values()), config["data"])
+    found = sought
+    if found is None:
+        found = find_tasks(config["tasks"], list(selection.cards.values()), config["data"])
     tasks = {name: task for name, task in found.items() if task.spec.type in HEADED}
     if not tasks:
         raise UserError(
