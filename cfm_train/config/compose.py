@@ -168,9 +168,9 @@ def prepare(overrides: Sequence[str], *, sweep: bool = False) -> list[str]:
             raise UserError("operation is what a recipe says: leave it out and choose the recipe.")
         if is_hydras(override):
             prepared.append(override)
-        elif bare in known or bare == "recipe":
+        elif (group := bare.partition("@")[0]) in known or bare == "recipe":
             if equals and not (sweep and set(value) & set(",()")):
-                _check_choice(bare, value)
+                _check_choice(group, value)
             prepared.append(override)
         elif key.startswith("~"):
             prepared.append(override)

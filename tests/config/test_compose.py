@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from cfm_train import paths
 from cfm_train.config import schema, searching, sections, signature
 from cfm_train.config.catalogue import groups, recipes
-from cfm_train.config.compose import as_yaml, compose, expand, option
+from cfm_train.config.compose import as_yaml, compose, compose_prepared, expand, option
 from cfm_train.config.merging import ROOMS, Merging, complete, methods, own_arguments
 from cfm_train.config.quoting import decode
 from cfm_train.config.validate import METHODS, MISSING, leaves, method_model, validate
@@ -122,6 +122,21 @@ def test_a_choice_that_a_recipe_leaves_open_can_be_made() -> None:
     base = ["recipe=evaluate/tasks", "bricks=[a]", "tasks=[sst2]"]
     assert compose(base)["backbone"] is None
     assert compose([*base, "backbone=minilm"])["backbone"]["id"] == "minilm"
+
+
+def test_a_choice_for_a_section_of_another_name_can_be_made() -> None:
+    """``group@section``: the gate's sentence encoder is a backbone too."""
+    base = ["recipe=knowledge/facts", "name=a", "backbone.path=lm", "data.facts=f.jsonl"]
+    assert compose(base)["sentence_encoder"]["id"] == "minilm"
+    chosen = compose([*base, "backbone@sentence_encoder=hf", "sentence_encoder.path=some/encoder"])
+    assert chosen["sentence_encoder"]["path"] == "some/encoder"
+    assert chosen["sentence_encoder"]["package"] is None and chosen["backbone"]["path"] == "lm"
+    swept = map(compose_prepared, expand([*base, "backbone@sentence_encoder=minilm,hf"]))
+    assert [bool(one["sentence_encoder"]["package"]) for one in swept] == [True, False]
+    with pytest.raises(UserError, match=r"no backbone 'minlm'\. Did you mean 'minilm'"):
+        compose([*base, "backbone@sentence_encoder=minlm"])
+    with pytest.raises(UserError, match="backbone@encoder is a choice that this recipe does not"):
+        compose([*base, "backbone@encoder=minilm"])
 
 
 def test_glob_takes_what_runs_by_itself_and_leaves_out_what_needs_a_person() -> None:
