@@ -168,18 +168,18 @@ def require_backbone(card: Card, fingerprint: str, backbone_id: str = "") -> Non
     """Refuses a brick of another backbone.
 
     Args:
-        card: the brick's card.
+        card: the brick's card; the first that it requires is its backbone, what follows is needed
+            beside it (the sentence encoder of a brick of facts, the encoder of a modality).
         fingerprint: of the backbone at hand.
         backbone_id: what a person calls the backbone at hand.
 
     Raises:
-        UserError: the card requires other backbones (both are named), or is of no brick.
+        UserError: the card requires another backbone (both are named), or is of no brick.
     """
     require_brick(card)
-    if card.requires and fingerprint not in card.requires:
-        theirs = " or ".join(one[:12] for one in card.requires)
+    if card.requires and fingerprint != card.requires[0]:
         raise UserError(
             f"{card.ref} was made for the backbone '{card.backbone_id or 'unknown'}' (fingerprint "
-            f"{theirs}) and does not fit '{backbone_id or 'this one'}' (fingerprint "
+            f"{card.requires[0][:12]}) and does not fit '{backbone_id or 'this one'}' (fingerprint "
             f"{fingerprint[:12]}): use a brick of this backbone, or run it on its own."
         )

@@ -263,3 +263,11 @@ def test_a_brick_of_another_backbone(local, bricks):
     sentence = str(caught.value)
     assert all(part in sentence for part in (card.ref, "'minilm'", "a" * 12, "'tiny'", "b" * 12))
     gate.require_backbone(bricks.add(local, 1), "b" * 64)
+
+
+def test_what_is_needed_beside_the_backbone_is_no_backbone(local, bricks):
+    """The sentence encoder of a brick of facts stands in `requires` too."""
+    card = bricks.add(local, requires=["a" * 64, "c" * 64], backbone_id="lm")
+    gate.require_backbone(card, "a" * 64)
+    with pytest.raises(UserError, match=f"'lm' .fingerprint {'a' * 12}. and does not fit"):
+        gate.require_backbone(card, "c" * 64, "minilm")
