@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from cfm_train.backbone.sites import Site, SiteMap
-from cfm_train.backbone.virtual import Source, Weight
+from cfm_train.backbone.virtual import Members, Source, Weight
 
 
 class Together(abc.ABC):
@@ -90,14 +90,22 @@ class KV:
     Tensors, or functions that compute them anew in each pass. ``shift`` tells whether real tokens
     move up by that many positions, as if the extra ones stood before them in the cache (what PEFT
     does; it matters for rotary and learned positions, and never for a ``cross`` site). A relative
-    position bias takes the extra ones for tokens right before the sequence.
+    position bias takes the extra ones for tokens right before the sequence. ``members`` says pass
+    by pass which rows of the batch have which of them; such keys have no positions.
+
+    Raises:
+        ValueError: ``members`` together with ``shift``.
     """
 
     site: str
     keys: Source
     values: Source
     shift: bool = True
-    members: Callable[[int], Tensor] | None = None
+    members: Members | None = None
+
+    def __post_init__(self) -> None:
+        if self.members is not None and self.shift:
+            raise ValueError(f"'{self.site}': keys of some rows only move no token: shift=False")
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,11 @@ class TestLaws:
         laws.round_trips(rows, family)
 
 
+def test_keys_of_some_rows_only_have_no_positions() -> None:
+    with pytest.raises(ValueError, match="shift=False"):
+        KV("layer.0.attn", torch.zeros(1, 2, 4), torch.zeros(1, 2, 4), members=torch.ones)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_one_fact_for_each_row(family: str) -> None:
     """Also against keys and values plugged in by hand, without a stack of facts."""
