@@ -36,9 +36,9 @@ COLUMNS = {
     "others": "others/brick/says the taught answer",
     "others, bare": "others/bare/says the taught answer",
     "neighbours": "neighbours/argmax unchanged",
-    "perplexity": "unrelated/perplexity ratio",
-    "bytes": "bytes per fact",
-    "seconds": "seconds per fact",
+    "perplexity": "unrelated/perplexity_ratio",
+    "bytes": "bytes_per_fact",
+    "seconds": "seconds_per_fact",
 }
 
 
@@ -130,7 +130,7 @@ def row_of(name: str, kind: str, record: dict[str, Any]) -> dict[str, Any]:
     metrics = record["metrics"]
     found = {column: metrics[key]["value"] for column, key in COLUMNS.items() if key in metrics}
     passed = all(check["passed"] for check in record["checks"].values())
-    return {"facts": name, "kind": kind, "n": metrics["bytes per fact"]["n"], **found,
+    return {"facts": name, "kind": kind, "n": metrics["bytes_per_fact"]["n"], **found,
             "checks": passed}  # fmt: skip
 
 

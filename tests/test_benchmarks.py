@@ -179,8 +179,8 @@ def test_the_table_of_facts_shows_what_a_record_has() -> None:
     figure = {"value": 0.97, "low": 0.9, "high": 1.0, "n": 200}
     metrics = {
         "prompt/brick/exact_match": figure,
-        "bytes per fact": {**figure, "value": 16416.0},
-        "unrelated/perplexity ratio": {**figure, "value": 1.002},
+        "bytes_per_fact": {**figure, "value": 16416.0},
+        "unrelated/perplexity_ratio": {**figure, "value": 1.002},
     }
     record = {"metrics": metrics, "checks": {"a": {"passed": True}}}
     line = facts_table([row_of("pararel", "neurons", record)]).splitlines()[-1]

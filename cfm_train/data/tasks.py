@@ -24,7 +24,10 @@ METRICS: dict[str, tuple[str, ...]] = {
 }
 
 #: All other metrics are better when they are higher.
-LOWER_IS_BETTER = frozenset({"loss", "perplexity", "rmse", "bits_per_byte", "perplexity_ratio"})
+LOWER_IS_BETTER = frozenset(
+    {"loss", "perplexity", "rmse", "bits_per_byte", "perplexity_ratio"}
+    | {"bytes_per_fact", "seconds_per_fact"}
+)
 
 #: Task types whose answer is one of (or some of) a list of labels.
 LABELLED = frozenset({"classification", "multilabel", "token"})

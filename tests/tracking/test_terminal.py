@@ -82,6 +82,8 @@ def test_losses_stand_as_they_are_and_the_lowest_wins() -> None:
         1e304: "1.00e+304",
     }
     assert {value: score_text(value, "perplexity") for value in figures} == figures
+    assert score_text(16416.0, "bytes_per_fact") == "16416"
+    assert score_text(1.36, "seconds_per_fact") == "1.36"
 
 
 def test_many_tasks_fit_a_pipe_in_one_line_each() -> None:
