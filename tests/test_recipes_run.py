@@ -321,7 +321,7 @@ def test_facts_are_taught_and_forgotten(
     assert all(check["passed"] for check in whole["checks"].values())
     for name, figure in whole["metrics"].items():
         assert figure["low"] <= figure["value"] <= figure["high"], name
-    assert whole["metrics"]["unrelated/perplexity ratio"]["value"] == 1
+    assert whole["metrics"]["unrelated/perplexity_ratio"]["value"] == 1
 
     groups, plain = [], teach.teach
 

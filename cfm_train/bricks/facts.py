@@ -13,7 +13,7 @@ A row without a fact is left alone; where no row has one, the pass is the bare b
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from safetensors.torch import load
@@ -41,8 +41,6 @@ class ByFact:
         gate: what finds the fact that a prompt asks for; None to act on every row.
         chosen: the fact of each row ``[batch]`` int64 in the pass that runs, `NONE` for none.
     """
-
-    by_fact: ClassVar[bool] = True
 
     facts: list[dict[str, Any]]
     gate: FactGate | None
@@ -110,6 +108,10 @@ class ByFact:
                 made.get_parameter(name).copy_(value[index.to(value.device)])
         one.gate = None if self.gate is None else self.gate.only(list(kept))
         return cast(Self, made)
+
+    def needs(self) -> list[str]:
+        """The fingerprint of the gate's sentence encoder."""
+        return [] if self.gate is None else [self.gate.fingerprint]
 
     def interface(self) -> dict[str, Any]:
         """Kind, sites and the facts with their gate's words."""

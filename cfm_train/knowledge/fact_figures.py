@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 from cfm_train.data.facts import Fact, normalised
-from cfm_train.evaluation.intervals import intervals, paired_interval
+from cfm_train.evaluation.intervals import paired_interval
 from cfm_train.evaluation.text import exact_match
 from cfm_train.knowledge.teach import answer_ids, batch_of, prompt_ids
+from cfm_train.knowledge.unrelated import cost
 
 if TYPE_CHECKING:
     from cfm_train.backbone.load import Backbone
+    from cfm_train.data.encode import Encoded
 
 ROWS = 32
 ARMS = ("bare", "text", "brick", "both")
@@ -37,8 +39,7 @@ def judge(
     brick: Any,
     facts: Sequence[Fact],
     *,
-    unrelated: Sequence[str],
-    window: int,
+    unrelated: Encoded | None,
     bootstrap: int,
     seed: int,
     tick: Tick | None = None,
@@ -49,13 +50,13 @@ def judge(
         backbone: the backbone.
         brick: the brick of these facts, with its gate.
         facts: the facts in the brick's order.
-        unrelated: texts that have nothing to do with them.
-        window: tokens of such a text that are read.
+        unrelated: text that has nothing to do with them; None for none.
         bootstrap, seed: of the intervals.
-        tick: told how many prompts have been answered.
+        tick: told how many prompts have been answered, as often as `passes` counts.
     """
     figures: Figures = {}
     samples: list[dict[str, Any]] = []
+    longest = max(len(answer_ids(backbone, fact)) for fact in facts) + 2
 
     def mean(name: str, values: Sequence[float], minus: Sequence[float] | None = None) -> None:
         if len(values):
@@ -79,9 +80,7 @@ def judge(
                 for f, (text, _) in zip(told, asked, strict=True)
             ]
             without = arm in ("bare", "text")
-            said = generate(
-                backbone, brick, texts, found, _longest(backbone, facts), tick, bare=without
-            )
+            said = generate(backbone, brick, texts, found, longest, tick, bare=without)
             right = [(s, facts[at].answer) for s, (_, at) in zip(said, asked, strict=True)]
             mean(f"{name}/{arm}/exact_match", [exact_match(s, answer) for s, answer in right])
             says[arm] = [float(_says(s, answer)) for s, answer in right]
@@ -94,12 +93,25 @@ def judge(
         for arm in ("brick", "both"):
             mean(f"{name}/{arm} - text/says_answer", says[arm], says["text"])
         pairs = [(text, answer_ids(backbone, facts[at])) for text, at in asked]
-        forced = _forced(backbone, brick, pairs, found)
+        forced = _forced(backbone, brick, pairs, found, tick)
         mean(f"{name}/brick/teacher_forced_accuracy", forced)
-    _locality(backbone, brick, facts, mean, tick)
-    if unrelated:
-        figures |= _unrelated(backbone, brick, unrelated, window, bootstrap, seed)
+    _locality(backbone, brick, facts, longest, mean, tick)
+    if unrelated is not None:
+        # Plugged in like any brick: the gate reads each window, and every pass is run.
+        elsewhere = cost(
+            backbone, [brick], unrelated, bootstrap=bootstrap, seed=seed, progress=tick
+        )
+        figures |= {f"unrelated/{name}": score.as_dict() for name, score in elsewhere.items()
+                    if math.isfinite(score.high)}  # fmt: skip
     return figures, samples
+
+
+def passes(facts: Sequence[Fact], unrelated: Encoded | None) -> int:
+    """How many prompts `judge` answers in all."""
+    asked = sum(len(_prompts(fact, name)) for fact in facts for name in SETS)
+    beside = sum(len(fact.others) + len(fact.neighbours) for fact in facts)
+    beside += 0 if unrelated is None else len(unrelated)
+    return asked * (len(ARMS) + 1) + 2 * beside
 
 
 def _prompts(fact: Fact, name: str) -> Sequence[str]:
@@ -110,23 +122,23 @@ def _told(fact: Fact, prompt: str) -> str:
     return f"{fact.prompt} {fact.answer}. {prompt}"
 
 
-def _longest(backbone: Backbone, facts: Sequence[Fact]) -> int:
-    return max(len(answer_ids(backbone, fact)) for fact in facts) + 2
-
-
 def _find(brick: Any, prompts: Sequence[str]) -> list[int] | None:
     """The fact of each prompt by the gate; without a gate all act, so there is nothing to find."""
     return None if brick.gate is None else brick.gate.find(prompts)
 
 
 def _locality(
-    backbone: Backbone, brick: Any, facts: Sequence[Fact], mean: Any, tick: Tick | None
+    backbone: Backbone,
+    brick: Any,
+    facts: Sequence[Fact],
+    longest: int,
+    mean: Callable[[str, Sequence[float]], None],
+    tick: Tick | None,
 ) -> None:
     others = [(text, at) for at, fact in enumerate(facts) for text in fact.others]
     if others:
         texts = [text for text, _ in others]
         found = _find(brick, texts)
-        longest = _longest(backbone, facts)
         for arm in ("bare", "brick"):
             said = generate(backbone, brick, texts, found, longest, tick, bare=arm == "bare")
             taught = [
@@ -135,8 +147,8 @@ def _locality(
             mean(f"others/{arm}/says the taught answer", taught)
     near = [text for fact in facts for text in fact.neighbours]
     if near:
-        bare = next_tokens(backbone, brick, near, None, bare=True)
-        there = next_tokens(backbone, brick, near, _find(brick, near))
+        bare = next_tokens(backbone, brick, near, None, tick, bare=True)
+        there = next_tokens(backbone, brick, near, _find(brick, near), tick)
         mean("neighbours/argmax unchanged", (bare == there).float().tolist())
 
 
@@ -223,6 +235,7 @@ def next_tokens(
     brick: Any,
     prompts: Sequence[str],
     fired: Sequence[int] | None,
+    tick: Tick | None = None,
     *,
     bare: bool = False,
 ) -> Tensor:
@@ -234,6 +247,8 @@ def next_tokens(
         with backbone.slots.plugged([] if bare else [brick]):
             hidden = backbone.hidden_states(ids, mask, position_ids=positions)[:, -1]
             found.append(backbone.model.get_output_embeddings()(hidden).argmax(-1).cpu())
+        if tick is not None:
+            tick(len(ids))
     brick.fire(None)
     return torch.cat(found)
 
@@ -244,6 +259,7 @@ def _forced(
     brick: Any,
     asked: Sequence[tuple[str, list[int]]],
     fired: Sequence[int] | None,
+    tick: Tick | None,
 ) -> list[float]:
     """The share of each answer's tokens that are right behind the right ones before them."""
     shares: list[float] = []
@@ -260,50 +276,7 @@ def _forced(
         total = torch.zeros(len(part), dtype=torch.float64)
         total = total.index_add(0, where.nonzero()[:, 0], right)
         shares += (total / where.sum(1)).tolist()
+        if tick is not None:
+            tick(len(part))
     brick.fire(None)
     return shares
-
-
-@torch.inference_mode()
-def _unrelated(
-    backbone: Backbone,
-    brick: Any,
-    texts: Sequence[str],
-    window: int,
-    bootstrap: int,
-    seed: int,
-) -> Figures:
-    """Perplexity of unrelated text, and how the brick changes it, as the gate lets it."""
-    fired = _find(brick, texts)
-    sums: dict[str, list[float]] = {"bare": [], "brick": []}
-    counts: list[int] = []
-    for at, text in enumerate(texts):
-        ids = torch.tensor([prompt_ids(backbone, text)[:window]], device=backbone.device)
-        if ids.shape[1] < 2:
-            continue
-        counts.append(ids.shape[1] - 1)
-        acts = fired is None or fired[at] >= 0
-        brick.fire(None if fired is None else torch.tensor(fired[at : at + 1]))
-        for arm in ("bare", "brick"):
-            if arm == "brick" and not acts:  # no row fires: the pass is the bare backbone's
-                sums[arm].append(sums["bare"][-1])
-                continue
-            with backbone.slots.plugged([brick] if arm == "brick" else []):
-                logits = backbone.logits(input_ids=ids)[0, :-1].float()
-            lost = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum")
-            sums[arm].append(float(lost))
-    brick.fire(None)
-    if not counts:
-        return {}
-    tokens, bare, there = (np.asarray(v, float) for v in (counts, sums["bare"], sums["brick"]))
-    scores = intervals(
-        {
-            "unrelated/bare/perplexity": lambda w: np.exp((w @ bare) / (w @ tokens)),
-            "unrelated/brick/perplexity": lambda w: np.exp((w @ there) / (w @ tokens)),
-            "unrelated/perplexity ratio": lambda w: np.exp((w @ (there - bare)) / (w @ tokens)),
-        },
-        np.ones(len(counts), dtype=np.int64),
-        bootstrap=bootstrap,
-        seed=seed,
-    )
-    return {n: s.as_dict() for n, s in scores.items() if math.isfinite(s.value)}

@@ -13,7 +13,9 @@ from cfm_train.errors import UserError
 
 if TYPE_CHECKING:
     from cfm_train.backbone.load import Backbone
+    from cfm_train.data.encode import Encoded
     from cfm_train.data.facts import Fact
+    from cfm_train.data.rows import Row
     from cfm_train.tracking.metrics_file import MetricsFile
     from cfm_train.tracking.wandb_run import WandbRun
 
@@ -32,16 +34,26 @@ def share(name: str, values: Sequence[float], *, bootstrap: int, seed: int) -> d
     }
 
 
-def windows(backbone: Backbone, text: str, settings: Mapping[str, Any]) -> list[str]:
-    """Pieces of a text, evenly over it, none longer than a window."""
-    if not text:
-        return []
+def windows(backbone: Backbone, text: str, settings: Mapping[str, Any]) -> Encoded | None:
+    """Pieces of a text, evenly over it, none longer than a window; None for no text."""
+    from cfm_train.data.encode import Encoded
+    from cfm_train.data.encoders import Settings, in_blocks
+    from cfm_train.knowledge.teach import prompt_ids
+
     tokenizer, width = backbone.tokenizer, settings["window_tokens"]
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     starts = range(0, max(1, len(ids) - width), width)
     count = min(len(starts), settings["unrelated_windows"])
     chosen = [starts[i * len(starts) // count] for i in range(count)]
-    return [str(tokenizer.decode(ids[start : start + width - 1])) for start in chosen]
+    texts = [str(tokenizer.decode(ids[start : start + width - 1])) for start in chosen]
+    read = [(text, prompt_ids(backbone, text)[:width]) for text in texts]
+    read = [(text, ids) for text, ids in read if len(ids) > 1]  # one token predicts nothing
+    if not read:
+        return None
+    pieces = [ids for _, ids in read]
+    arrays = in_blocks(pieces, pieces, list(range(len(read))), Settings(width, 0, pack=False))
+    rows: list[Row] = [{"text": [text], "_at": "data.unrelated"} for text, _ in read]
+    return Encoded(arrays, rows, 0, width)
 
 
 def unplugged(backbone: Backbone, facts: Sequence[Fact]) -> str:

@@ -19,7 +19,7 @@ from cfm_train.config.signature import kinds
 from cfm_train.data.facts import Fact, read_facts
 from cfm_train.data.facts import fingerprint as facts_fingerprint
 from cfm_train.errors import UserError
-from cfm_train.library.card import Card, check_name
+from cfm_train.library.card import check_name
 from cfm_train.library.store import Library
 from cfm_train.tracking.wandb_setting import resolve_mode
 
@@ -60,7 +60,9 @@ def check(config: dict[str, Any]) -> Inputs:
             f"{' or '.join(known)}."
         )
     backbone = resolve(config["backbone"])
-    encoder = resolve(config["sentence_encoder"]) if config["gate"]["kind"] == "encoder" else None
+    encoder = None
+    if config["gate"]["kind"] == "encoder":
+        encoder = resolve(config["sentence_encoder"], "sentence_encoder")
     facts = read_facts(config["data"]["facts"], limit=config["data"]["limit"])
     unrelated = _text(config["data"]["unrelated"])
     library = Library(config["library"])
@@ -92,16 +94,19 @@ def _text(path: str | None) -> str:
 
 
 def rehearse(config: dict[str, Any], inputs: Inputs) -> None:
-    """Loads the backbone and builds the brick for it, as ``dry_run`` wants to know.
+    """Loads backbone and encoder and builds the brick, as ``dry_run`` wants to know.
 
     Raises:
-        UserError: the brick does not fit the backbone.
+        UserError: the brick does not fit the backbone, or the gate's encoder is none.
     """
+    from cfm_train.bricks.fact_gate import Encoder
     from cfm_train.operations.setting import open_backbone
     from cfm_train.operations.taught import new_brick
 
     backbone, _ = open_backbone(inputs.backbone, config["backbone"], {"precision": "float32"})
     brick = new_brick(config, inputs.facts, backbone)
+    if inputs.encoder is not None:
+        Encoder(config["sentence_encoder"])
     print(_line(inputs, brick))
 
 
@@ -127,8 +132,9 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     from tqdm import tqdm
 
     from cfm_train.bricks.fact_gate import Encoder
+    from cfm_train.bricks.stored import store
     from cfm_train.knowledge.calibrating import calibrate
-    from cfm_train.knowledge.fact_figures import ARMS, SETS, judge
+    from cfm_train.knowledge.fact_figures import ARMS, SETS, judge, passes
     from cfm_train.operations.setting import (
         backbone_entries,
         brick_entry,
@@ -152,6 +158,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     trainer = {"precision": "float32", "threads": settings["threads"]}
     backbone, before = open_backbone(inputs.backbone, config["backbone"], trainer)
     brick = new_brick(config, facts, backbone)
+    encoder = None if inputs.encoder is None else Encoder(config["sentence_encoder"])
     print(_line(inputs, brick), flush=True)
     bare = unplugged(backbone, facts)
     metrics = MetricsFile(folder / "metrics.jsonl")
@@ -159,10 +166,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     with tracked(config, folder) as wandb:
         taught = in_groups(config, facts, backbone, brick, folder, metrics, wandb)
         figures: dict[str, Any] = {}
-        requires = [backbone.fingerprint]
-        if inputs.encoder is not None:
-            encoder = Encoder(config["sentence_encoder"])
-            requires.append(encoder.fingerprint)
+        if encoder is not None:
             with tqdm(desc="gate: prompts encoded", unit="prompt", leave=False) as bar:
                 calibrated = calibrate(
                     facts,
@@ -176,16 +180,14 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
             figures |= share("gate/hits on what is taught", calibrated.hits, **bootstrap)
             figures |= share("gate/false fires", calibrated.false_fires, **bootstrap)
         brick.eval().requires_grad_(False)
-        prompts = sum(len(fact.prompts) + len(fact.held_out) for fact in facts) * 4 + 2 * sum(
-            len(fact.others) for fact in facts
-        )
-        with tqdm(total=prompts, desc="judged", unit="prompt", leave=False) as bar:
+        unrelated = windows(backbone, inputs.unrelated, config["evaluation"])
+        total = passes(facts, unrelated)
+        with tqdm(total=total, desc="judged", unit="prompt", leave=False) as bar:
             judged, samples = judge(
                 backbone,
                 brick,
                 facts,
-                unrelated=windows(backbone, inputs.unrelated, config["evaluation"]),
-                window=config["evaluation"]["window_tokens"],
+                unrelated=unrelated,
                 bootstrap=config["evaluation"]["bootstrap"],
                 seed=config["seed"],
                 tick=bar.update,
@@ -193,34 +195,22 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
         figures = {**judged, **figures, **taught["figures"]}
         same = unchanged(backbone, before, inputs.backbone)
         exact = bare == unplugged(backbone, facts)
-        files = brick.files()
-        figures["bytes per fact"] = single(
+        figures["bytes_per_fact"] = single(
             sum(p.numel() * p.element_size() for p in brick.parameters()) / len(facts), len(facts)
         )
-        figures["seconds per fact"] = single(taught["seconds"] / len(facts), len(facts))
-        card = inputs.library.add(
-            files,
-            Card(
-                name=config["name"],
-                kind=brick.kind,
-                granularity=brick.granularity,
-                sites=list(brick.site_names),
-                requires=requires,
-                backbone_id=backbone.id,
-                tokenizer=tokenizer_hash(inputs.backbone.folder),
-                operation="teach",
-                recipe=config,
-                data=[
-                    {
-                        "name": "facts",
-                        "fingerprint": inputs.fingerprints["data/facts"],
-                        "licence": None,
-                    }
-                ],
-                metrics=figures,
-                interface=brick.interface(),
-                run=folder.name,
-            ),
+        figures["seconds_per_fact"] = single(taught["seconds"] / len(facts), len(facts))
+        told = {"name": "facts", "fingerprint": inputs.fingerprints["data/facts"], "licence": None}
+        card = store(
+            brick,
+            inputs.library,
+            backbone,
+            name=config["name"],
+            tokenizer=tokenizer_hash(inputs.backbone.folder),
+            operation="teach",
+            recipe=config,
+            data=[told],
+            metrics=figures,
+            run=folder.name,
         )
         wandb.artifact(card.name, "brick", inputs.library.folder(card), {"version": card.version})
         wandb.summary({name: figure["value"] for name, figure in figures.items()})

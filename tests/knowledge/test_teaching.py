@@ -16,9 +16,12 @@ from cfm_train.bricks.rows import Rows
 from cfm_train.config.compose import option
 from cfm_train.data.facts import Fact
 from cfm_train.errors import UserError
+from cfm_train.knowledge import calibrating
 from cfm_train.knowledge.calibrating import calibrate
-from cfm_train.knowledge.fact_figures import generate, judge, logits_of
+from cfm_train.knowledge.fact_figures import generate, judge, logits_of, passes
 from cfm_train.knowledge.teach import answer_ids, answer_losses, batch_of, prompt_ids, teach
+from cfm_train.knowledge.unrelated import cost
+from cfm_train.operations.taught import windows
 from tests.backbones import section, tiny
 from tests.fact_cases import TOLD
 
@@ -44,6 +47,11 @@ def taught(kind: str, facts: list[Fact], rate: float = 0.02, **changed: Any) -> 
     settings = SETTINGS | changed
     teach(backbone, brick, facts, settings, learning_rate=rate, front=FRONT, seed=0)
     return brick.eval().requires_grad_(False)
+
+
+def elsewhere(text: str = "w50 w51 w52 w53 w54 w55 w56 w57 w58") -> Any:
+    """A text in two windows."""
+    return windows(tiny("llama"), text, {"window_tokens": 4, "unrelated_windows": 2})
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -109,15 +117,16 @@ def test_taught_found_judged_and_forgotten(kind: str) -> None:
     encoder = Encoder(section("bert"))
     made = calibrate(facts, encoder, false_fires=0.0, threshold=-1.0)
     brick.gate = made.gate  # any prompt that names the subject
+    answered: list[int] = []
     figures, samples = judge(
-        backbone, brick, facts, unrelated=["w50 w51 w52 w53", "w54 w55"], window=16,
-        bootstrap=20, seed=0,
-    )  # fmt: skip
+        backbone, brick, facts, unrelated=elsewhere(), bootstrap=20, seed=0, tick=answered.append
+    )
+    assert sum(answered) == passes(facts, elsewhere())
     assert figures["prompt/brick/exact_match"]["value"] == 1
     assert figures["paraphrases/brick/exact_match"]["value"] == 1
     assert figures["prompt/gate finds the fact"]["value"] == 1
     assert figures["neighbours/argmax unchanged"]["value"] == 1
-    assert figures["unrelated/perplexity ratio"] == {"value": 1, "low": 1, "high": 1, "n": 2}
+    assert figures["unrelated/perplexity_ratio"] == {"value": 1, "low": 1, "high": 1, "n": 2}
     assert samples[0]["reference"] == facts[0].answer
 
     # Plugged like any brick: it reads the prompt itself, and what is written keeps its fact.
@@ -133,6 +142,7 @@ def test_taught_found_judged_and_forgotten(kind: str) -> None:
     assert [s.strip() for s in said] == wanted
     assert wanted[0] == facts[1].answer and wanted[2] == facts[0].answer
 
+    assert brick.needs() == [encoder.fingerprint]
     interface = json.loads(json.dumps(brick.interface()))
     again: Any = type(brick).restore(interface, brick.files(), backbone).eval()
     assert isinstance(again, Brick) and again.files() == brick.files()
@@ -148,6 +158,44 @@ def test_taught_found_judged_and_forgotten(kind: str) -> None:
     ):
         assert torch.equal(a, b)
     assert less.gate.find(prompts) == [-1, -1, 0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unrelated_text_is_read_with_the_brick_plugged_in(kind: str) -> None:
+    """Where no fact fires the ratio is 1 because the passes are equal, and they are run."""
+    backbone = tiny("llama")
+    brick = taught(kind, TOLD, rate=0.1, steps=20)
+    brick.gate = calibrate(TOLD, Encoder(section("bert")), false_fires=0.0, threshold=-1.0).gate
+    asked: list[str] = []
+    find = brick.gate.find
+    brick.gate.find = lambda prompts: asked.extend(prompts) or find(prompts)
+    figures = cost(backbone, [brick], elsewhere(), bootstrap=20, seed=0)
+    assert figures["perplexity_ratio"].as_dict() == {"value": 1, "low": 1, "high": 1, "n": 2}
+    assert sorted(asked) == ["w50 w51 w52", "w54 w55 w56"]
+
+    # The second window names a subject: its fact acts there, and there alone.
+    found = cost(backbone, [brick], elsewhere("w50 w51 w52 w53 w4 w10 w11 w20 w21"),
+                 bootstrap=0, seed=0)  # fmt: skip
+    nats, tokens = {"bare": 0.0, "brick": 0.0}, 0
+    for text, fact in (("w50 w51 w52", -1), ("w4 w10 w11", 1)):
+        ids = torch.tensor([prompt_ids(backbone, text)])
+        tokens += ids.shape[1] - 1
+        for arm in nats:
+            brick.fire(torch.tensor([fact]))
+            with backbone.slots.plugged([brick] if arm == "brick" else []), torch.no_grad():
+                logits = backbone.logits(input_ids=ids)[0, :-1].double()
+            nats[arm] -= float(logits.log_softmax(-1).gather(1, ids[0, 1:, None]).sum())
+    ratio = torch.tensor((nats["brick"] - nats["bare"]) / tokens).exp().item()
+    assert found["perplexity_ratio"].value == pytest.approx(ratio, rel=1e-4) and ratio != 1
+
+
+def test_a_threshold_is_found_among_a_great_many_facts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each fact is held against so many other prompts at most, evenly taken."""
+    facts = [Fact(f"w{i}", f"w{i} w{40 + i}", "w1", (f"w{i} w{50 + i}",)) for i in range(8)]
+    encoder = Encoder(section("bert"))
+    assert len(calibrate(facts, encoder, false_fires=0.1, threshold=None).false_fires) == 8 * 14
+    monkeypatch.setattr(calibrating, "MOST", 5)
+    assert len(calibrate(facts, encoder, false_fires=0.1, threshold=None).false_fires) == 8 * 5
 
 
 def test_the_threshold_lies_between_asking_for_it_and_asking_for_something_else() -> None:
