@@ -40,12 +40,13 @@ class ResolvedBackbone:
     config: dict[str, Any]
 
 
-def resolve(section: Mapping[str, Any]) -> ResolvedBackbone:
+def resolve(section: Mapping[str, Any], key: str = "backbone") -> ResolvedBackbone:
     """Finds the backbone that the ``backbone`` section of a config names.
 
     Args:
         section: keys ``id``, ``package``, ``path``, ``revision`` and ``sha256``. With a
             ``package``, ``path`` is a folder inside it; else a local folder or a Hub id.
+        key: what the section is called in the config.
 
     Returns:
         The backbone's folder, files and config.
@@ -56,19 +57,20 @@ def resolve(section: Mapping[str, Any]) -> ResolvedBackbone:
     """
     package, path = section.get("package"), section.get("path")
     if package:
-        folder = _in_package(str(package), str(path or ""))
+        folder = _in_package(str(package), str(path or ""), key)
     elif not path:
+        choice = "backbone" if key == "backbone" else f"backbone@{key}"
         raise UserError(
-            "The backbone has no 'backbone.path': give a folder or a Hub id, as in "
-            "backbone.path=some/folder, or choose backbone=minilm."
+            f"The backbone has no '{key}.path': give a folder or a Hub id, as in "
+            f"{key}.path=some/folder, or choose {choice}=minilm."
         )
     else:
-        folder = find_folder(str(path), section.get("revision"))
+        folder = find_folder(str(path), section.get("revision"), f"{key}.path")
     config = read_config(folder)
     files = weight_files(folder)
     for file in files:
         check_safetensors(file)
-    _check_pin(files, section.get("sha256"))
+    _check_pin(files, section.get("sha256"), key)
     name = section.get("id")
     if not name or name == path:  # a path says little in a table, and much about a machine
         name = _name(path, folder)
@@ -144,36 +146,36 @@ def check_safetensors(path: Path) -> None:
         )
 
 
-def _check_pin(files: list[Path], pinned: str | None) -> None:
+def _check_pin(files: list[Path], pinned: str | None, key: str) -> None:
     if not pinned:
         return
     if len(files) != 1:
         raise UserError(
-            f"'backbone.sha256' pins one weight file, but this backbone has {len(files)} shards: "
+            f"'{key}.sha256' pins one weight file, but this backbone has {len(files)} shards: "
             "remove the key."
         )
     found = file_hash(files[0])
     if found != str(pinned).lower():
         raise UserError(
-            f"The weights '{files[0]}' have SHA-256 {found[:12]}…, but 'backbone.sha256' pins "
+            f"The weights '{files[0]}' have SHA-256 {found[:12]}…, but '{key}.sha256' pins "
             f"{str(pinned)[:12]}…: they are not the backbone that this recipe was made for."
         )
 
 
-def _in_package(package: str, inside: str) -> Path:
+def _in_package(package: str, inside: str, key: str) -> Path:
     try:
         found = importlib.util.find_spec(package)
     except (ImportError, ValueError):
         found = None
     if found is None or not found.submodule_search_locations:
         raise UserError(
-            f"The package '{package}' of 'backbone.package' is not installed: run "
+            f"The package '{package}' of '{key}.package' is not installed: run "
             f"pip install {package.replace('_', '-')}."
         )
     root = Path(found.submodule_search_locations[0]).resolve()
     folder = (root / inside).resolve()
     if not folder.is_relative_to(root) or not folder.is_dir():
-        raise UserError(f"The package '{package}' has no folder '{inside}' ('backbone.path').")
+        raise UserError(f"The package '{package}' has no folder '{inside}' ('{key}.path').")
     return folder
 
 

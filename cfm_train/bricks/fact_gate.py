@@ -46,11 +46,11 @@ class Encoder:
         from cfm_train.backbone.spec import resolve
 
         self.section = dict(section)
-        self.model = load_backbone(resolve(section), dtype="float32")
+        self.model = load_backbone(resolve(section, "sentence_encoder"), dtype="float32")
         if self.model.family != "encoder":
             raise UserError(
-                f"sentence_encoder: '{self.model.id}' is a language model, no encoder: use "
-                "backbone@sentence_encoder=minilm."
+                f"sentence_encoder: '{self.model.id}' is a language model ({self.model.family}), "
+                "no encoder: use backbone@sentence_encoder=minilm."
             )
         if fingerprint is not None and self.model.fingerprint != fingerprint:
             raise UserError(
@@ -162,7 +162,7 @@ class FactGate:
             self._encoder,
         )
 
-    def find(self, prompts: Sequence[str], tick: Callable[[int], Any] | None = None) -> list[int]:
+    def find(self, prompts: Sequence[str]) -> list[int]:
         """The fact that each prompt asks for, -1 for none.
 
         Prompts that name no subject cost nothing; the others are encoded once.
@@ -170,7 +170,7 @@ class FactGate:
         pairs = [(i, at, cut) for i, one in enumerate(prompts) for at, cut in self._named_in(one)]
         if not pairs:
             return [-1] * len(prompts)
-        vectors = self.encoder.encode([cut for _, _, cut in pairs], tick)
+        vectors = self.encoder.encode([cut for _, _, cut in pairs])
         best: dict[int, tuple[float, int]] = {}
         for (i, at, _), vector in zip(pairs, vectors, strict=True):
             near = float((self.vectors[self.owner == at] @ vector).max())

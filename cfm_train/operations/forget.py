@@ -81,7 +81,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     """Makes the smaller brick, tries that the rest is as it was, and stores it."""
     import torch
 
-    from cfm_train.bricks.stored import open_brick
+    from cfm_train.bricks.stored import open_brick, store
     from cfm_train.knowledge.fact_figures import logits_of
     from cfm_train.operations.setting import (
         backbone_entries,
@@ -102,31 +102,27 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
         now = logits_of(backbone, brick, facts, range(len(kept)))
         then = logits_of(backbone, whole, facts, kept)
         same_answers = all(torch.equal(a, b) for a, b in zip(now, then, strict=True))
-        silent = True
+        checks = {"the others' answers are as they were": same_answers}
         if brick.gate is not None:
             forgotten = [from_taught(whole.facts[at]) for at in inputs.gone]
             found = brick.gate.find([text for fact in forgotten for text in fact.prompts])
             left = {normalised(fact.subject) for fact in facts}
             asked = [normalised(fact.subject) for fact in forgotten for _ in fact.prompts]
-            silent = all(f < 0 or s in left for f, s in zip(found, asked, strict=True))
+            checks["the gate no longer finds what is forgotten"] = all(
+                f < 0 or s in left for f, s in zip(found, asked, strict=True)
+            )
         same = unchanged(backbone, before, selection.backbone)
-        card = selection.library.add(
-            brick.files(),
-            Card(
-                name=config["name"],
-                kind=brick.kind,
-                granularity=brick.granularity,
-                sites=list(brick.site_names),
-                requires=old.requires,
-                backbone_id=old.backbone_id,
-                tokenizer=old.tokenizer,
-                operation="forget",
-                parents=[{"name": old.name, "version": old.version}],
-                recipe={**config, "backbone": selection.section, "parents": {old.ref: old.recipe}},
-                data=old.data,
-                interface=brick.interface(),
-                run=folder.name,
-            ),
+        card = store(
+            brick,
+            selection.library,
+            backbone,
+            name=config["name"],
+            tokenizer=old.tokenizer,
+            operation="forget",
+            parents=[{"name": old.name, "version": old.version}],
+            recipe={**config, "backbone": selection.section, "parents": {old.ref: old.recipe}},
+            data=old.data,
+            run=folder.name,
         )
         wandb.artifact(
             card.name, "brick", selection.library.folder(card), {"version": card.version}
@@ -134,10 +130,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     gone = ", ".join(sorted({whole.facts[at]["subject"] for at in inputs.gone})[:5])
     print(f"{card.ref} knows {len(kept)} of {len(whole)} facts; forgotten: {gone}")
     entries = backbone_entries(backbone, same)
-    for name, passed in (
-        ("the others' answers are as they were", same_answers),
-        ("the gate no longer finds what is forgotten", silent),
-    ):
+    for name, passed in checks.items():
         entries["checks"][name] = {"value": passed, "tolerance": None, "passed": passed}
     return {
         "brick": brick_entry(card, selection.library),
