@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 ROOM = "modality/encoders"
 
 #: Raised whenever an encoder of the same section would give other features.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)

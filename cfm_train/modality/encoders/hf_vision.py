@@ -69,8 +69,23 @@ class HFVision(Encoder):
         self.model = model
         file = folder / "preprocessor_config.json"
         self.prepared = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-        shape = self.features([self._square(torch.zeros(3, 8, 8))])[0].shape
-        self.width = shape[-1]
+        filter = self.prepared.get("resample", 2)
+        if filter not in _FILTERS:
+            raise UserError(
+                f"encoder.path: {file} resizes with Pillow's filter {filter}, and only 2 (bilinear) "
+                "and 3 (bicubic) are computed here."
+            )
+        try:
+            found = self.features([self._square(torch.zeros(3, 8, 8))])[0]
+        except (ValueError, IndexError, RuntimeError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"encoder: the model in {folder} cannot be asked for size={self.size}, "
+                f"layer={self.layer} ({first})."
+            ) from None
+        if not found.numel() or not bool(found.isfinite().all()):
+            raise UserError(f"encoder.drop={self.drop} leaves no vector of an image.")
+        self.width = found.shape[-1]
         return self
 
     def load(self, content: bytes, at: str) -> Tensor:
@@ -80,16 +95,18 @@ class HFVision(Encoder):
     def _square(self, image: Tensor) -> Tensor:
         how = self.prepared
         size = how.get("size") or {}
+        if isinstance(size, int):  # before transformers 4.26: the shorter edge where a crop follows
+            size = {"shortest_edge" if how.get("crop_size") else "height": size}
         native = getattr(self.model.config, "image_size", None) or 224
         side = self.size or _side(how.get("crop_size")) or _side(size) or int(native)
         filter = _FILTERS.get(int(how.get("resample", 2)), "bilinear")
         keeps = "shortest_edge" in size
         height, width = image.shape[1:]
         short = side if self.size else int(size.get("shortest_edge", side))
-        scale = short / min(height, width)
         target = (side, side)
         if keeps:  # the shorter edge is resized and the middle cropped, else the image is squeezed
-            target = (max(side, round(height * scale)), max(side, round(width * scale)))
+            edges = (int(short * edge / min(height, width)) for edge in (height, width))
+            target = tuple(max(side, edge) for edge in edges)  # cut to whole numbers, as there
         image = F.interpolate(image[None], target, mode=filter, antialias=True)[0].clamp(0, 1)
         top, left = (target[0] - side) // 2, (target[1] - side) // 2
         image = image[:, top : top + side, left : left + side]
