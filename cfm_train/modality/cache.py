@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cfm_train.errors import UserError
+from cfm_train.tracking.atomic import replace_file
 
 if TYPE_CHECKING:
     from cfm_train.modality.encoders.encoder import Encoder
@@ -179,12 +180,14 @@ class FeatureCache:
         from tqdm import tqdm
 
         meta = {"width": encoder.width, "dtype": str(self.dtype), "encoder": dict(about)}
-        (self.folder / "meta.json").write_text(json.dumps(meta, indent=2, sort_keys=True) + "\n")
+        text = json.dumps(meta, indent=2, sort_keys=True) + "\n"
+        replace_file(self.folder / "meta.json", text.encode())
         end = max((at + n for at, n in self.index.values()), default=0)
         lines = [
             json.dumps({"item": item, "at": at, "n": n}) for item, (at, n) in self.index.items()
         ]
-        (self.folder / "index.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        # As a whole: a kill must not shorten what other runs have mapped.
+        replace_file(self.folder / "index.jsonl", "".join(f"{line}\n" for line in lines).encode())
         with (
             (self.folder / "data.bin").open("ab") as data,
             (self.folder / "index.jsonl").open("a") as index,
@@ -201,7 +204,7 @@ class FeatureCache:
                 part = missing[start : start + BATCH]
                 entries = ""
                 for item, found in zip(part, features_of(encoder, part, wanted, read), strict=True):
-                    data.write(found.astype(self.dtype).tobytes())
+                    data.write(self._stored(found, wanted[item][1]).tobytes())
                     entries += json.dumps({"item": item, "at": end, "n": len(found)}) + "\n"
                     end += len(found)
                 data.flush()
@@ -209,6 +212,18 @@ class FeatureCache:
                 index.write(entries)
                 index.flush()
                 bar.update(len(part))
+
+    def _stored(self, found: np.ndarray, at: str) -> np.ndarray:
+        with np.errstate(over="ignore"):
+            stored = found.astype(self.dtype)
+        if not np.isfinite(stored).all():
+            if not np.isfinite(found).all():
+                raise UserError(f"{at}: its features are not finite numbers: leave the item out.")
+            raise UserError(
+                f"{at}: the encoder gives numbers up to {np.abs(found).max():.3g}, and "
+                f"{self.dtype} cannot hold them: set cache.dtype=float32."
+            )
+        return stored
 
 
 def features_of(
