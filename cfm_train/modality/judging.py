@@ -20,8 +20,7 @@ from cfm_train.data.encode import TaskData
 from cfm_train.data.sources import Checked
 from cfm_train.evaluation.evaluator import predict
 from cfm_train.evaluation.intervals import paired_interval
-from cfm_train.modality.cache import FeatureCache
-from cfm_train.modality.encoding import ItemRows, Placeholder, encode_items, shuffled
+from cfm_train.modality.encoding import ItemRows
 from cfm_train.modality.modality import Modality
 from cfm_train.modality.writing import write_answers
 
@@ -43,9 +42,8 @@ def judge(
     backbone: Backbone,
     brick: Modality,
     task: TaskData,
+    other: ItemRows | None,
     checked: Checked,
-    placeholder: Placeholder,
-    cache: FeatureCache,
     bare: Tensor,
 ) -> Judged:
     """Judges a trained brick on the test rows; without test rows by its checks alone.
@@ -55,23 +53,14 @@ def judge(
         backbone: nothing plugged.
         brick: the brick.
         task: the splits as token numbers.
+        other: the test rows with each other's items; None without test rows.
         checked: the rows.
-        placeholder: what stands for an item.
-        cache: the features.
         bare: what `bare_text` gave before the brick was built.
     """
     figures: dict[str, dict[str, Any]] = {}
     samples: list[dict[str, Any]] = []
-    if task.test is not None:
+    if other is not None:
         assert isinstance(task.test, ItemRows)
-        other = encode_items(
-            checked.rows["test"],
-            backbone.tokenizer,
-            placeholder,
-            cache.read,
-            task.test.max_length,
-            shuffled(checked.rows["test"], config["seed"]),
-        )
         losses = {}
         with backbone.slots.plugged([brick]):
             for name, rows in (("test", task.test), ("shuffled", other)):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cfm_train.backbone.fingerprint import fingerprint, tokenizer_hash
 from cfm_train.backbone.spec import ResolvedBackbone, resolve
+from cfm_train.data.rows import Row
 from cfm_train.data.sources import Checked, data_fingerprints
 from cfm_train.library.card import check_name
 from cfm_train.library.store import Library
@@ -22,11 +23,18 @@ from cfm_train.operations import trained
 from cfm_train.tracking.wandb_setting import resolve_mode
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from cfm_train.backbone.load import Backbone
     from cfm_train.data.encode import TaskData
     from cfm_train.modality.cache import FeatureCache
-    from cfm_train.modality.encoding import Placeholder
+    from cfm_train.modality.encoding import ItemRows, Placeholder
     from cfm_train.modality.modality import Modality
+
+
+#: Most items, and about how many vectors, that mean and deviation are learned from: a map of places
+#: for each of thousands of images would fill the memory.
+ITEMS, VECTORS = 4096, 65536
 
 
 @dataclass(frozen=True)
@@ -163,10 +171,11 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     brick = new_brick(config, inputs.encoder, encoder.width, backbone)
     del encoder  # training reads the cache alone
     seen = sorted({item for row in checked.rows["train"] for item in hashes(row)})
-    brick.standardise(torch.cat([torch.from_numpy(cache.read(item) * 1.0) for item in seen[:4096]]))
+    brick.standardise(torch.from_numpy(some_vectors(cache, seen)))
     placeholder = Placeholder(brick.modality, brick.sentinel, brick.count, cache.length)
-    tasks = {"items": encode_all(checked, backbone, placeholder, cache)}
-    print(trained.rows_line(checked, tasks["items"]), flush=True)
+    task, other = encode_all(checked, backbone, placeholder, cache, config["seed"])
+    tasks = {"items": task}
+    print(trained.rows_line(checked, task), flush=True)
     bare = bare_text(backbone, checked)
 
     position = read_position(folder / "checkpoints")
@@ -187,8 +196,8 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
                 wandb=wandb,
             )
         except Diverged as error:
-            raise RuntimeError(trained.where(error, {"items": tasks["items"]})) from None
-        judged = judge(config, backbone, brick, tasks["items"], checked, placeholder, cache, bare)
+            raise RuntimeError(trained.where(error, tasks)) from None
+        judged = judge(config, backbone, brick, task, other, checked, bare)
         same = unchanged(backbone, before, inputs.backbone)
         card = store(
             brick,
@@ -219,20 +228,41 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     return {**record, "wandb": wandb.as_record()}
 
 
+def some_vectors(cache: FeatureCache, items: list[str]) -> np.ndarray:
+    """Feature vectors ``[vectors, d_v]`` to learn mean and deviation from, see `ITEMS`."""
+    import numpy as np
+
+    parts: list[np.ndarray] = []
+    held = 0
+    for item in items[:ITEMS]:
+        if held >= VECTORS:
+            break
+        parts.append(cache.read(item))
+        held += len(parts[-1])
+    return np.concatenate(parts)
+
+
 def encode_all(
-    checked: Checked, backbone: Backbone, placeholder: Placeholder, cache: FeatureCache
-) -> TaskData:
-    """Every split as token numbers with placeholders."""
+    checked: Checked, backbone: Backbone, placeholder: Placeholder, cache: FeatureCache, seed: int
+) -> tuple[TaskData, ItemRows | None]:
+    """Every split as token numbers with placeholders, and the test rows with each other's items.
+
+    Raises:
+        UserError: see `encode_items`; said of the control too before anything is trained.
+    """
     from cfm_train.data.encode import TaskData
-    from cfm_train.modality.encoding import encode_items
+    from cfm_train.modality.encoding import encode_items, shuffled
 
     length = min(checked.section["max_length"], backbone.tokenizer.model_max_length)
-    splits = {
-        name: encode_items(rows, backbone.tokenizer, placeholder, cache.read, length)
-        for name, rows in checked.rows.items()
-        if rows
-    }
-    return TaskData(checked.spec, splits["train"], splits.get("validation"), splits.get("test"))
+
+    def encoded(rows: list[Row], held: list[list[str]] | None = None) -> ItemRows:
+        return encode_items(rows, backbone.tokenizer, placeholder, cache.read, length, held)
+
+    splits = {name: encoded(rows) for name, rows in checked.rows.items() if rows}
+    test = checked.rows["test"]
+    other = encoded(test, shuffled(test, seed)) if test else None
+    task = TaskData(checked.spec, splits["train"], splits.get("validation"), splits.get("test"))
+    return task, other
 
 
 def record_of(
