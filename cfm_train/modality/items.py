@@ -170,9 +170,16 @@ def read_rows(path: str, section: Mapping[str, Any], modality: str, reader: Read
             if reference not in known:
                 content = reader.read(reference, row["_at"])
                 known[reference] = hashlib.sha256(content).hexdigest()
-        said = row["prompt"] if "prompt" in row else row["turns"][0]["content"]
-        row["text"] = [*(known[reference] for reference in row["_items"]), said]
+        row["text"] = [*(known[reference] for reference in row["_items"]), _asked(row)]
     return found
+
+
+def _asked(row: Row) -> str:
+    """What a row's answer answers: with its items it makes the row."""
+    if "prompt" in row:
+        return str(row["prompt"])
+    until = next(i for i, turn in enumerate(row["turns"]) if turn["role"] == "assistant")
+    return "\n".join(turn["content"] for turn in row["turns"][:until])
 
 
 def hashes(row: Row) -> list[str]:
@@ -209,7 +216,8 @@ def _row(values: Mapping[str, Any], at: str, section: Mapping[str, Any], modalit
         items = [*items, *more]
         held = sum(turn["content"].count(f"<{modality}>") for turn in turns)
         if held == 0 and items:
-            turns[0]["content"] = f"<{modality}>" * len(items) + "\n" + turns[0]["content"]
+            first = next(turn for turn in turns if turn["role"] == "user")
+            first["content"] = f"<{modality}>" * len(items) + "\n" + first["content"]
         elif held != len(items):
             _stop(at, f"{held} times <{modality}> in the messages, but {len(items)} items")
         return {"_items": [_reference(one, at) for one in items], "turns": turns, "_at": at}
