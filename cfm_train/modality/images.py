@@ -40,7 +40,8 @@ def read_image(content: bytes, at: str) -> np.ndarray:
         raise
     except Exception as error:
         # Decoders raise whatever comes to them with broken bytes.
-        raise UserError(f"{at}: is no image that can be read ({error}).") from None
+        why = "unknown format" if type(error).__name__ == "UnidentifiedImageError" else error
+        raise UserError(f"{at}: is no image that can be read ({why}).") from None
 
 
 def as_tensor(image: np.ndarray) -> Tensor:

@@ -28,14 +28,14 @@ def read_sound(content: bytes, rate: int, at: str) -> np.ndarray:
         with wave.open(io.BytesIO(content)) as file:
             own, channels = file.getframerate(), file.getnchannels()
             dtype, zero, most = _SAMPLES[file.getsampwidth()]
-            raw = np.frombuffer(file.readframes(file.getnframes()), dtype)
-    except (wave.Error, EOFError, KeyError) as error:
+            raw = np.frombuffer(file.readframes(file.getnframes()), dtype).reshape(-1, channels)
+    except (wave.Error, EOFError, KeyError, ValueError) as error:
         raise UserError(
             f"{at}: is no WAV file of 8, 16 or 32 bits ({error}); convert it to one."
         ) from None
     if not len(raw):
         raise UserError(f"{at}: the sound is empty.")
-    samples = (raw.astype(np.float64) - zero).reshape(-1, channels).mean(axis=1) / most
+    samples = (raw.astype(np.float64) - zero).mean(axis=1) / most
     return resample(samples, own, rate).astype(np.float32)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from cfm_train.errors import UserError
 from cfm_train.modality.finding import find_encoder
 from cfm_train.modality.sounds import read_sound, resample
 
@@ -55,3 +56,9 @@ def test_the_speech_embedding_is_its_runners(shared: Path) -> None:
         with torch.inference_mode():
             expected = theirs(item[None])[0]
         torch.testing.assert_close(found[there], expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cut", [1, 43])
+def test_a_wav_that_is_cut_off_within_a_sample_is_refused(cut: int) -> None:
+    with pytest.raises(UserError, match=r"a\.wav: is no WAV file"):
+        read_sound(wav(tone(8000), 8000)[:-cut], 16000, "a.wav")
