@@ -8,7 +8,6 @@ A name is scored with the token that ends it, so that no name is the beginning o
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -50,7 +49,7 @@ def class_scores(
     names, there = _padded(classes, device)
     found = before[:, names[:, 0]].double()  # [rows, classes]
     if names.shape[1] > 1:
-        cache = copy.deepcopy(first.past_key_values)
+        cache = first.past_key_values
         cache.batch_repeat_interleave(len(classes))
         inputs = names[:, :-1].repeat(rows, 1)
         seen = torch.ones(len(inputs), ids.shape[1], dtype=torch.int64, device=device)

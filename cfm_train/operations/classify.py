@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from cfm_train.modality.cache import FeatureCache
     from cfm_train.modality.modality import Modality
 
-#: Rows whose prompts are computed together.
-ROWS = 32
+#: Rows whose prompts are computed together, and most names behind prompts in one pass.
+ROWS, NAMES = 32, 1024
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Inputs:
         rows: the rows; each answer is one of the classes.
         reader: reads their items.
         classes: the names, in order.
+        max_length: most tokens of a row, the name of a class included.
         fingerprints: content hashes for the config hash.
     """
 
@@ -52,6 +53,7 @@ class Inputs:
     rows: list[Row]
     reader: Reader
     classes: list[str]
+    max_length: int
     fingerprints: dict[str, str]
 
 
@@ -97,6 +99,7 @@ def check(config: dict[str, Any]) -> Inputs:
         rows,
         reader,
         classes,
+        data["max_length"],
         selection.fingerprints | {"encoder": encoder.fingerprint, "data/items": fingerprint(rows)},
     )
 
@@ -180,14 +183,23 @@ def score_rows(
     ]
     classes = [answer_ids(inputs.rows[0]["prompt"], name, tokenizer) for name in inputs.classes]
     scores = np.zeros((len(prompts), len(classes)))
+    longest = max(map(len, classes))
+    limit = min(inputs.max_length, tokenizer.model_max_length)
     groups: dict[int, list[int]] = {}
     for i, prompt in enumerate(prompts):
+        if len(prompt) + longest > limit:
+            raise UserError(
+                f"{inputs.rows[i]['_at']}: its items, its prompt and a class take "
+                f"{len(prompt) + longest} tokens, and {limit} are allowed (data.max_length, "
+                "and what the backbone reads)."
+            )
         groups.setdefault(len(prompt), []).append(i)
+    together = min(ROWS, max(1, NAMES // len(classes)))
     quiet = 1.0 if sys.stderr.isatty() else 30.0
     with tqdm(total=len(prompts), desc="scoring", file=sys.stderr, mininterval=quiet) as bar:
         for members in groups.values():
-            for start in range(0, len(members), ROWS):
-                part = members[start : start + ROWS]
+            for start in range(0, len(members), together):
+                part = members[start : start + together]
                 batch = given(brick.modality, [[cache.read(x) for x in held[i]] for i in part])
                 scores[part] = class_scores(
                     backbone, [prompts[i] for i in part], classes, batch, score
