@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import os
 import random
 import shutil
+import signal
+import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 
+from cfm_train.bricks.kinds import make_brick
 from cfm_train.errors import UserError
 from cfm_train.launch.cli import main
 from cfm_train.modality.cache import FeatureCache
@@ -22,7 +28,8 @@ from cfm_train.modality.finding import find_encoder
 from cfm_train.modality.images import read_image
 from cfm_train.modality.items import Reader, check_items
 from cfm_train.modality.scoring import class_scores
-from tests.backbones import folder, tiny
+from tests.backbones import folder, randomise, tiny
+from tests.peft_tuners import section
 
 COLOURS = {"w5": (255, 0, 0), "w6": (0, 255, 0), "w7": (0, 0, 255)}
 PATCHES = {"kind": "patches", "size": 16, "patch": 8}
@@ -111,6 +118,67 @@ def test_a_connector_learns_classifies_and_is_asked(
     capsys.readouterr()
     assert main(["recipe=generate", "bricks=[eyes]", "prompt=a", "audio=img/0.npy"]) == 2
     assert "no brick reads <audio>" in capsys.readouterr().err
+    short = ["recipe=modality/classify", "bricks=[eyes]", "data.items=items.jsonl"]
+    assert main([*short, "data.max_length=4", "tracking=disabled"]) == 2
+    assert "items.jsonl:1: its items, its prompt and a class take" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_killed_is_not_lost(
+    items: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SIGKILL while features are cached and after some steps: the same brick and figures."""
+    shutil.copytree(folder("llama"), "lm")
+    long = [*ALIGN, "backbone.path=./lm", "tags=true", "trainer.max_steps=30"]
+    long += ["trainer.checkpoint_every=3", "trainer.rows_per_batch=8", "trainer.threads=1"]
+    whole, _ = run(capsys, *long, "outputs=a", "library=a/library")
+    monkeypatch.setenv("CFM_CACHE", str(items / "another"))
+    for reached in ("another/features/*/data.bin", "b/runs/*/*/checkpoints/last.ckpt"):
+        command = [sys.executable, "-m", "cfm_train", *long, "outputs=b", "library=b/library"]
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ)
+        )
+        until = time.monotonic() + 300
+        while not list(items.glob(reached)) and time.monotonic() < until:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    again, _ = run(capsys, *long, "outputs=b", "library=b/library")
+    assert again["metrics"] == whole["metrics"]
+    assert again["brick"]["version"] == whole["brick"]["version"]
+    curves = [next(items.glob(f"{at}/runs/*/*/metrics.jsonl")).read_bytes() for at in "ab"]
+    assert curves[0] == curves[1]
+
+
+def test_numbers_that_the_cache_cannot_hold_are_refused(items: Path) -> None:
+    """float16 ends at 65504: an infinite feature would be standardised to NaN."""
+    found = find_encoder({"kind": "vectors", "numbers": 2})
+    np.save("big.npy", np.array([1.0, 7e4], np.float32))
+    names = {"0" * 64: ("big.npy", "here")}
+    half, full = (FeatureCache(items / "cache", found.fingerprint, f"float{n}") for n in (16, 32))
+    with pytest.raises(UserError, match=r"here: .* 7e\+04.* cache\.dtype=float32"):
+        half.fill(found.open(), names, Reader(None, items).read, 1.0, {})
+    assert not half.index
+    full.fill(found.open(), names, Reader(None, items).read, 1.0, {})
+    np.testing.assert_array_equal(full.read("0" * 64), [[1, 7e4]])
+
+
+def test_after_a_system_message_rows_are_told_apart_by_what_is_asked(items: Path) -> None:
+    """The item goes to the user's first message; another question is another row."""
+    lines = []
+    for asked in ("What?", "Where?"):
+        turns = [("system", "Be kind."), ("user", asked), ("assistant", "A cat.")]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        lines.append(json.dumps({"image": "img/0.npy", "messages": messages}))
+    (items / "train.jsonl").write_text("\n".join(lines))
+    (items / "test.jsonl").write_text(lines[0])
+    section = {"items": "train.jsonl", "validation": None, "test": "test.jsonl", "root": None,
+               "text": "text", "prompt": "<item>", "validation_fraction": 0.0,
+               "test_fraction": 0.0, "limit": None}  # fmt: skip
+    checked, _ = check_items(section, "image", "x")
+    (row,) = checked.rows["train"]
+    assert [turn["content"] for turn in row["turns"][:2]] == ["Be kind.", "<image>\nWhere?"]
+    assert checked.leaks.counts == {"train in test": 1}
 
 
 def test_the_cache_is_forecast_refused_and_goes_on(items: Path) -> None:
@@ -180,6 +248,18 @@ def test_classes_scored_with_a_shared_prefix_are_scored_as_whole_texts() -> None
             told = logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
             expected = sum(float(told[k, token]) for k, token in enumerate(name))
             assert found[i, j] == pytest.approx(expected, abs=1e-4)
+    front = make_brick(section("soft_prompt")).build(backbone).eval()
+    randomise(front)
+    with backbone.slots.plugged([front]):
+        led = class_scores(backbone, prompts, classes, {}, "sum")
+        for i, j in itertools.product(range(2), range(3)):
+            with torch.inference_mode():
+                whole = torch.tensor([prompts[i] + classes[j]])
+                logits = backbone.logits(input_ids=whole).double()
+            told = logits[0].log_softmax(-1)[len(prompts[i]) - 1 : -1]
+            expected = sum(float(told[k, token]) for k, token in enumerate(classes[j]))
+            assert led[i, j] == pytest.approx(expected, abs=1e-4)
+    assert np.abs(led - found).max() > 1e-3
     mean = class_scores(backbone, prompts, classes, {}, "mean")
     np.testing.assert_allclose(mean, found / [2, 3, 4])
 

@@ -72,8 +72,8 @@ class HFVision(Encoder):
         filter = self.prepared.get("resample", 2)
         if filter not in _FILTERS:
             raise UserError(
-                f"encoder.path: {file} resizes with Pillow's filter {filter}, and only 2 (bilinear) "
-                "and 3 (bicubic) are computed here."
+                f"encoder.path: {file} resizes with Pillow's filter {filter}, and only 2 "
+                "(bilinear) and 3 (bicubic) are computed here."
             )
         try:
             found = self.features([self._square(torch.zeros(3, 8, 8))])[0]
