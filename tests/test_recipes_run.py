@@ -23,6 +23,19 @@ OWN = {
     "task/seq2seq": ("t5", {"source": "w5 w6", "target": "w7 w8"}, []),
 }
 
+#: Recipes that run in a file of their own; those of documents are held complete in
+#: tests/knowledge/test_study.py.
+ELSEWHERE = {
+    "backbone/pretrain": "operations/test_pretrain.py",
+    "generate": "operations/test_align.py",
+    "merge/models": "merging/whole_models.py",
+    "modality/align": "operations/test_align.py",
+    "modality/classify": "operations/test_align.py",
+    "quickstart": "operations/test_tracked_runs.py",
+}
+DOCUMENTS = [name for name, one in recipes().items() if "data.documents" in one.needs]
+MERGES = [name for name in recipes() if name.startswith("merge/") and name != "merge/models"]
+
 SHORT = [
     "trainer.max_steps=2",
     "trainer.validate_every=2",
@@ -295,6 +308,46 @@ def test_stitches_of_every_mode(
             task, "tracking=disabled")  # fmt: skip
         (answer,) = map(json.loads, Path("y.jsonl").read_text().splitlines())
         assert answer["prediction"] in ("yes", "no")
+
+
+@pytest.mark.slow
+def test_statistics_and_every_merge_of_bricks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two bricks of one task, what is known of them, and what each recipe makes of both."""
+    from tests.backbones import folder
+
+    monkeypatch.chdir(tmp_path)
+    Path("train.jsonl").write_text(own_rows({"text": "w5 w6 w7 w8 w9 w10"}, 24))
+    for seed, name in enumerate("ab"):
+        run(
+            capsys, "recipe=task/lm", f"name={name}", f"seed={seed}", "backbone=hf",
+            f"backbone.path={folder('llama')}", "data.train=train.jsonl", "data.max_length=8",
+            "data.test_fraction=0.2", "brick=lora", "brick.rank=2", *SHORT,
+        )  # fmt: skip
+    for statistic in ("fisher", "gram"):
+        run(capsys, f"recipe=analyze/{statistic}", "bricks=[a,b]", "rows=8", "tracking=disabled")
+    for recipe in MERGES:
+        merged = run(
+            capsys, f"recipe={recipe}", f"name={recipe.split('/')[1]}", "bricks=[a,b]",
+            "evaluation.bootstrap=20", "tracking=disabled",
+        )  # fmt: skip
+        assert merged["status"] == "done", recipe
+        assert all(check["passed"] for check in merged["checks"].values()), recipe
+        assert [parent["name"] for parent in merged["brick"]["parents"]] == ["a", "b"]
+
+
+def test_no_recipe_is_left_out() -> None:
+    """Each recipe runs in this file, or in the file that is named here and names it."""
+    here = Path(__file__).read_text(encoding="utf-8")
+    for name in recipes():
+        if name in ELSEWHERE:
+            text = (Path(__file__).parent / ELSEWHERE[name]).read_text(encoding="utf-8")
+            assert f"recipe={name}" in text, name
+        else:
+            kinds = ("task/", "stitch/", "analyze/", *MERGES, *DOCUMENTS)
+            assert name.startswith(kinds) or f"recipe={name}" in here, name
+    assert set(ELSEWHERE) <= set(recipes())
 
 
 @pytest.mark.slow
