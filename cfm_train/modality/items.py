@@ -145,6 +145,9 @@ def read_rows(path: str, section: Mapping[str, Any], modality: str, reader: Read
     source = Path(path).expanduser()
     found: list[Row]
     if _is_tree(source):
+        loose = [file for file in _files(source) if file.parent == source]
+        if loose:
+            _stop(str(loose[0]), f"stands in no folder of {path} that names its class")
         found = [
             {"_items": [str(file.absolute())], "answer": file.parent.name, "_at": str(file)}
             for file in _files(source)

@@ -9,6 +9,7 @@ import torch
 
 from cfm_train.backbone.load import Backbone
 from cfm_train.data.tasks import IGNORED
+from cfm_train.errors import UserError
 from cfm_train.modality.encoding import ItemRows
 
 
@@ -56,7 +57,15 @@ def generate(
         prompt: token ids, placeholders among them.
         batch: the features of the prompt's items, see `Modality.take`.
         limit: most new tokens.
+
+    Raises:
+        UserError: the backbone writes no text after a prompt.
     """
+    if backbone.family != "decoder" or backbone.model.get_output_embeddings() is None:
+        raise UserError(
+            f"The backbone '{backbone.id}' is no language model that reads from left to right: it "
+            "cannot go on after a prompt; recipe=predict has the answers of its bricks."
+        )
     tokenizer = backbone.tokenizer
     ids = torch.tensor([list(prompt)], device=backbone.device)
     backbone.slots.take(batch)

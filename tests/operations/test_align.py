@@ -28,6 +28,7 @@ from cfm_train.modality.finding import find_encoder
 from cfm_train.modality.images import read_image
 from cfm_train.modality.items import Reader, check_items
 from cfm_train.modality.scoring import class_scores
+from cfm_train.modality.writing import generate
 from tests.backbones import folder, randomise, tiny
 from tests.peft_tuners import section
 
@@ -150,6 +151,18 @@ def test_killed_is_not_lost(
     assert curves[0] == curves[1]
 
 
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_a_backbone_that_cannot_go_on_after_a_prompt_is_refused(family: str) -> None:
+    with pytest.raises(UserError, match="from left to right"):
+        generate(tiny(family), [5, 6], {}, 2)
+
+
+def test_what_is_no_array_is_said_so() -> None:
+    encoder = find_encoder({"kind": "vectors", "numbers": 2}).open()
+    with pytest.raises(UserError, match=r"^here: is no \.npy file; write one"):
+        encoder.load(b"[[1,2]]", "here")
+
+
 def test_numbers_that_the_cache_cannot_hold_are_refused(items: Path) -> None:
     """float16 ends at 65504: an infinite feature would be standardised to NaN."""
     found = find_encoder({"kind": "vectors", "numbers": 2})
@@ -232,6 +245,9 @@ def test_items_from_folders_zips_typed_messages_and_llava(items: Path) -> None:
         (row,) = check_items(section, "image", "x")[0].rows["train"]
         turns.append(row["turns"])
     assert turns[0] == turns[1] and turns[0][0]["content"] == "<image>\nWhat?"
+    for place in ("img", "pets.zip/train/cat"):
+        with pytest.raises(UserError, match=r"0\.npy: stands in no folder of .* its class"):
+            check_items({**base, "items": place}, "image", "x")
     (items / "rows.jsonl").write_text('{"image": "nowhere.png", "text": "a"}')
     with pytest.raises(UserError, match=r"rows\.jsonl:1: there is no item nowhere\.png"):
         check_items({**base, "items": "rows.jsonl"}, "image", "x")

@@ -35,6 +35,8 @@ class Vectors(Encoder):
 
     def load(self, content: bytes, at: str) -> Tensor:
         """An array ``[n, numbers]`` or ``[numbers]``, float32."""
+        if not content.startswith(b"\x93NUMPY"):  # else NumPy takes it for a pickle, and says so
+            raise UserError(f"{at}: is no .npy file; write one with numpy.save and name it here.")
         try:
             found = np.load(io.BytesIO(content), allow_pickle=False).astype(np.float32)
         except (ValueError, OSError, EOFError) as error:
