@@ -105,8 +105,9 @@ class HFVision(Encoder):
         short = side if self.size else int(size.get("shortest_edge", side))
         target = (side, side)
         if keeps:  # the shorter edge is resized and the middle cropped, else the image is squeezed
-            edges = (int(short * edge / min(height, width)) for edge in (height, width))
-            target = tuple(max(side, edge) for edge in edges)  # cut to whole numbers, as there
+            # Cut to whole numbers, as transformers does.
+            tall, wide = (int(short * edge / min(height, width)) for edge in (height, width))
+            target = (max(side, tall), max(side, wide))
         image = F.interpolate(image[None], target, mode=filter, antialias=True)[0].clamp(0, 1)
         top, left = (target[0] - side) // 2, (target[1] - side) // 2
         image = image[:, top : top + side, left : left + side]
