@@ -47,7 +47,8 @@ def test_the_speech_embedding_is_its_runners(shared: Path) -> None:
     runner = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(runner)
     theirs = runner.SpeechEmbedding(str(folder)).eval()
-    ours = find_encoder({"kind": "speech", "path": str(folder), "hop": 8, "pool": "none"}).open()
+    section = {"kind": "speech", "path": str(folder), "least": 0.0, "hop": 8, "pool": "none"}
+    ours = find_encoder(section).open()
     noise = np.random.default_rng(0).standard_normal(16000) * 0.05
     items = [ours.load(wav(s, 16000), "x") for s in (tone(16000) + noise, tone(16000, 0.4))]
     features, mask = ours.encode(items)
@@ -56,6 +57,10 @@ def test_the_speech_embedding_is_its_runners(shared: Path) -> None:
         with torch.inference_mode():
             expected = theirs(item[None])[0]
         torch.testing.assert_close(found[there], expected, atol=1e-4, rtol=1e-5)
+    short = wav(tone(16000, 0.4), 16000)
+    silence = [torch.zeros(4800)] * 2
+    padded = find_encoder({**section, "least": 1.0}).open().load(short, "x")
+    torch.testing.assert_close(padded, torch.cat([silence[0], ours.load(short, "x"), silence[1]]))
 
 
 @pytest.mark.parametrize("cut", [1, 43])

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from cfm_train.config.types import Positive
+from cfm_train.config.types import NonNegative, Positive
 from cfm_train.errors import UserError
 from cfm_train.modality.encoders.encoder import Encoder, padded
 from cfm_train.modality.sounds import read_sound
@@ -30,15 +30,19 @@ class Speech(Encoder):
 
     Args:
         path: its folder.
+        least: seconds; a shorter sound is heard in the middle of so much silence (a window alone
+            is 0.76 s).
         hop: mel frames (of 10 ms) from one window to the next.
         pool: ``mean`` for one vector, ``none`` for one for each window.
     """
 
     modality = "audio"
 
-    def __init__(self, path: str, hop: Positive, pool: Literal["mean", "none"]) -> None:
+    def __init__(
+        self, path: str, least: NonNegative, hop: Positive, pool: Literal["mean", "none"]
+    ) -> None:
         super().__init__()
-        self.hop, self.pool = hop, pool
+        self.least, self.hop, self.pool = least, hop, pool
 
     def build(self, folder: Path | None) -> Self:
         """Reads operations and weights."""
@@ -66,7 +70,9 @@ class Speech(Encoder):
 
     def load(self, content: bytes, at: str) -> Tensor:
         """The sound, float32 ``[samples]`` in the range of 16-bit numbers, at 16 kHz."""
-        return torch.from_numpy(read_sound(content, self.rate, at)) * 32768
+        sound = torch.from_numpy(read_sound(content, self.rate, at)) * 32768
+        lacking = max(0, round(self.least * self.rate) - len(sound))
+        return F.pad(sound, (lacking // 2, lacking - lacking // 2))
 
     def features(self, items: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Windows ``[items, n, 96]``; each sound by itself: silence behind it would be heard."""
