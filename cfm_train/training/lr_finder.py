@@ -21,7 +21,7 @@ from tqdm import tqdm
 from cfm_train.tracking.atomic import replace_file
 from cfm_train.training.dataset import StepDataset
 from cfm_train.training.module import BrickModule, Diverged, rows_of
-from cfm_train.training.objectives import Batch, count_items
+from cfm_train.training.objectives import Batch
 from cfm_train.training.seeding import reseed
 
 LOWEST, HIGHEST, STEPS = 1e-6, 1.0, 80
@@ -98,14 +98,14 @@ def _sweep(module: BrickModule, dataset: StepDataset) -> tuple[list[float], list
 
 def _loss(module: BrickModule, group: list[Batch], number: int) -> float:
     """The loss of a step's micro-batches, and where gradients are on, theirs; dropout by number."""
-    total = max(1, sum(count_items(module.specs[b["task"]].type, b) for b in group))
+    totals = module.totals(group)
     loss = 0.0
     for micro, batch in enumerate(group):
         reseed(module.optimisation.seed, "learning rate", number, micro)
         result = module.loss_of(batch)
         if torch.is_grad_enabled():
-            (result.loss / total).backward()
-        loss += result.loss.item() / total
+            module.share(result.loss, batch, totals).backward()
+        loss += module.share(result.loss.item(), batch, totals)
     return loss
 
 

@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -79,6 +79,8 @@ class Optimisation:
 
 
 WINDOW = 20
+
+_Loss = TypeVar("_Loss", float, Tensor)
 
 #: The figure that early stopping and the best checkpoint follow: more is better, for every task.
 MONITOR = "validation/monitor"
@@ -186,20 +188,17 @@ class BrickModule(pl.LightningModule):
         """
         step = self.global_step
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
-        totals = self._totals(group)
+        totals = self.totals(group)
         optimizer.zero_grad(set_to_none=True)  # type: ignore[union-attr]
         loss = 0.0
         for micro, batch in enumerate(group):
             reseed(self.optimisation.seed, "step", step, micro)
             result = self.loss_of(batch)
-            beside = batch["task"] == BESIDE
-            value, share = result.loss.item() / totals[beside], result.loss / totals[beside]
-            if beside and self.learning is not None:
-                value, share = value * self.learning.weight, share * self.learning.weight
+            value = self.share(result.loss.item(), batch, totals)
             if not math.isfinite(value):
                 raise Diverged(f"the loss is {value} at step {step + 1}", bad_rows(result, batch))
             loss += value
-            self.manual_backward(share)
+            self.manual_backward(self.share(result.loss, batch, totals))
         penalty = self.brick.penalty()
         if penalty is not None:  # once a step, whatever the number of micro-batches
             loss += penalty.item()
@@ -233,13 +232,19 @@ class BrickModule(pl.LightningModule):
             "seconds": seconds,
         }
 
-    def _totals(self, group: list[Batch]) -> dict[bool, int]:
+    def totals(self, group: list[Batch]) -> dict[bool, int]:
         """How many items a step's loss is divided by: its own, and those of rows beside them."""
         totals = {False: 0, True: 0}
         for batch in group:
             kind = "causal" if self.learning is not None else self.specs[batch["task"]].type
             totals[batch["task"] == BESIDE] += count_items(kind, batch)
         return {beside: max(1, total) for beside, total in totals.items()}
+
+    def share(self, loss: _Loss, batch: Batch, totals: Mapping[bool, int]) -> _Loss:
+        """What a micro-batch's summed loss adds to the loss of its step."""
+        beside = batch["task"] == BESIDE
+        part = loss / totals[beside]
+        return part * self.learning.weight if beside and self.learning is not None else part
 
     def _watch(self, loss: float, step: int, group: list[Batch]) -> None:
         self._window.append(loss)

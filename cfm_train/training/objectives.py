@@ -70,8 +70,8 @@ class Learning(Protocol):
         ...
 
 
-#: The task name of batches from ``Learning.beside``.
-BESIDE = "unrelated"
+#: The task name of batches from ``Learning.beside``: with a blank, as no run can be called.
+BESIDE = "unrelated text"
 
 
 def count_items(task_type: str, batch: Batch) -> int:

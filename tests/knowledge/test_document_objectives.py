@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from cfm_train.bricks.kinds import make_brick
 from cfm_train.config.compose import option
 from cfm_train.data.encode import Encoded, TaskData
 from cfm_train.data.tasks import IGNORED, TaskSpec
+from cfm_train.errors import UserError
 from cfm_train.knowledge.distractors import Distractors
 from cfm_train.knowledge.objectives.objective import (
     Learning,
@@ -25,7 +27,9 @@ from cfm_train.knowledge.objectives.objective import (
     make_objective,
 )
 from cfm_train.knowledge.tokens import Reader
+from cfm_train.library.card import check_name
 from cfm_train.training.dataset import make_batch
+from cfm_train.training.module import BrickModule
 from cfm_train.training.objectives import BESIDE, count_items
 from tests.backbones import plain_model, randomise, tiny
 from tests.knowledge.handbooks import documents, text
@@ -204,6 +208,30 @@ def test_a_killed_run_goes_on_to_the_same_brick(kind: str, others: int, tmp_path
     assert straight.files() == fresh.files()
     assert (whole.rows, whole.tokens) == (resumed.rows, resumed.tokens)
     assert not backbone.slots.plan
+
+
+def test_a_learning_rate_is_found_with_other_text_beside(tmp_path: Path) -> None:
+    """Of the loss of a step: the objective's mean, and that of the other text by its weight."""
+    backbone = tiny("llama")
+    learning, tasks = learning_on(backbone, tmp_path, "distill", 0, keep=0.5)
+    brick = lora(backbone)
+    options = {"max_steps": 2, "validate_every": 2, "find_learning_rate": True}
+    fitted = train(backbone, brick, tasks, tmp_path / "run", learning=learning, **options)
+    curve = json.loads((tmp_path / "run" / "learning_rate.json").read_text())
+    assert fitted.learning_rate == curve["suggestion"]
+    module = BrickModule(backbone, lora(backbone), {"handbook": SPEC}, Any, learning)  # type: ignore[arg-type]
+    own = batch_of(tasks["handbook"].train, range(4))
+    beside = batch_of(learning.beside, range(2), BESIDE)
+    totals = module.totals([own, beside])
+    assert totals == {False: count_items("causal", own), True: count_items("causal", beside)}
+    assert module.share(6.0, own, totals) == 6.0 / totals[False]
+    assert module.share(6.0, beside, totals) == 0.5 * 6.0 / totals[True]
+
+
+def test_no_run_can_be_called_as_other_text_is() -> None:
+    """Else its own rows would be held to the bare backbone in place of being learnt."""
+    with pytest.raises(UserError, match="cannot name an artifact"):
+        check_name(BESIDE)
 
 
 def test_keeping_close_keeps_close(tmp_path: Path) -> None:
