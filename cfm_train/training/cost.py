@@ -3,8 +3,9 @@
 With N frozen parameters in matrix products, a token costs 2N FLOP forward. Backward, no weight has
 a gradient, and activations have one only above the lowest brick: another 2N for the layers from
 there on, nothing where a head alone is trained. Where a model is pretrained, its weights have
-gradients too: 2N more. In an encoder-decoder each stack reads its own tokens, and cross-attention's
-keys and values those of the encoder. The share shown is
+gradients too: 2N more. What is read without gradients (by a teacher) costs 2N. In an encoder-
+decoder each stack reads its own tokens, and cross-attention's keys and values those of the encoder.
+The share shown is
 
     FLOP/s of this work ÷ (best matrix product rate of this machine in this dtype)
 

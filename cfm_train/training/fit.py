@@ -45,7 +45,8 @@ class Fitted:
         steps: optimiser steps done.
         best_step: the step whose brick was kept; equal to ``steps`` without validation.
         learning_rate: the peak rate that was used.
-        rows, tokens: how much was trained on (real tokens, padding left out).
+        rows, tokens: how much was trained on (real tokens, padding left out); what a teacher reads
+            and rows beside those of the tasks are none of it, though they take time.
         train_seconds: time from batch to batch, all but start-up and validation.
         flop_share: achieved share of the FLOP limit, see `training.cost`; None where none is known.
         stopped: why training ended: ``finished`` or ``early``.

@@ -125,6 +125,7 @@ class BrickModule(pl.LightningModule):
         self.rows_seen = 0
         self.tokens_seen = 0
         self.flops = 0.0
+        self._reading = work_of(backbone, ()).source
         self._work = work_of(backbone, brick.site_names, weights=brick.trains_backbone)
         self.train_seconds = 0.0
         self._since = time.perf_counter()
@@ -212,11 +213,14 @@ class BrickModule(pl.LightningModule):
         scheduler.step()  # type: ignore[union-attr]
         self.brick.after_step(step + 1, self.optimisation.steps)
         self._watch(loss, step, group)
-        rows = sum(len(b["index"]) for b in group)
-        tokens = sum(int(b["tokens"]) for b in group)
+        own = [b for b in group if b["task"] != BESIDE]
+        rows = sum(len(b["index"]) for b in own)
+        tokens = sum(int(b["tokens"]) for b in own)
         self.rows_seen += rows
         self.tokens_seen += tokens
         flops = sum(self._work.of(b["tokens"], b["targets"]) for b in group)
+        if self.learning is not None:
+            flops += self._reading * sum(self.learning.tokens_read(b) for b in group)
         self.flops += flops
         now = time.perf_counter()
         seconds, self._since = now - self._since, now

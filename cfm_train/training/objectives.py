@@ -69,6 +69,10 @@ class Learning(Protocol):
         """The loss of one micro-batch; the brick is plugged in."""
         ...
 
+    def tokens_read(self, batch: Batch) -> int:
+        """Real tokens that `loss` sends through the backbone without gradients."""
+        ...
+
 
 #: The task name of batches from ``Learning.beside``: with a blank, as no run can be called.
 BESIDE = "unrelated text"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
 from cfm_train.backbone.load import Backbone
@@ -31,9 +32,13 @@ from cfm_train.library.card import check_name
 from cfm_train.training.dataset import make_batch
 from cfm_train.training.module import BrickModule
 from cfm_train.training.objectives import BESIDE, count_items
-from tests.backbones import plain_model, randomise, tiny
+from tests.backbones import LAYERS, plain_model, randomise, tiny
 from tests.knowledge.handbooks import documents, text
 from tests.training.runs import BreakOff, BrokenOff, train
+
+#: Weights in the products of a layer of the tiny Llama: width 32, two of four heads for keys and
+#: values, feed-forward 48.
+LLAMA_LAYER = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48
 
 SPEC = TaskSpec("handbook", "causal", None, "loss", False, ("text",))
 
@@ -208,6 +213,51 @@ def test_a_killed_run_goes_on_to_the_same_brick(kind: str, others: int, tmp_path
     assert straight.files() == fresh.files()
     assert (whole.rows, whole.tokens) == (resumed.rows, resumed.tokens)
     assert not backbone.slots.plan
+
+
+class Outputs(Callback):
+    """Keeps what each step says of itself, and its micro-batches."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[dict[str, Any], list[dict[str, Any]]]] = []
+
+    def on_train_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Takes one step."""
+        self.steps.append((outputs, batch))
+
+
+@pytest.mark.parametrize("kind", ["lm", "distill"])
+def test_every_pass_costs_and_only_documents_are_samples(kind: str, tmp_path: Path) -> None:
+    """4N with gradients, 2N for each token that the bare backbone reads, as teacher or beside."""
+    backbone = tiny("llama")
+    learning, tasks = learning_on(backbone, tmp_path, kind, 0, keep=0.5)
+    watch, n = Outputs(), LAYERS * LLAMA_LAYER
+    fitted = train(
+        backbone,
+        lora(backbone),
+        tasks,
+        tmp_path / "run",
+        callbacks=[watch],
+        learning=learning,
+        max_steps=3,
+        validate_every=3,
+    )
+    train_rows = tasks["handbook"].train
+    rows = tokens = 0
+    for outputs, (own, other) in watch.steps:
+        index = own["index"].tolist()
+        assert (own["task"], other["task"]) == ("handbook", BESIDE)
+        assert outputs["rows"] == len(index)
+        assert outputs["tokens"] == sum(len(train_rows.slice("input_ids", i)) for i in index)
+        beside = int(other["attention_mask"].sum())
+        read = beside
+        if kind == "distill":
+            read += sum(len(train_rows.slice("context_ids", i)) for i in index) + outputs["tokens"]
+        assert outputs["flops"] == n * (4 * (outputs["tokens"] + beside) + 2 * read)
+        rows, tokens = rows + outputs["rows"], tokens + outputs["tokens"]
+    assert (fitted.rows, fitted.tokens, len(watch.steps)) == (rows, tokens, 3)
 
 
 def test_a_learning_rate_is_found_with_other_text_beside(tmp_path: Path) -> None:

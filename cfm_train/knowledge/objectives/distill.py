@@ -55,6 +55,14 @@ class Distillation(Objective):
         student, targets = next_token_logits(backbone, batch)
         return divergence(teacher, student, targets)
 
+    def tokens_read(self, batch: Batch) -> int:
+        """What the teacher reads: passages and rows, what stands before every text once."""
+        read = int(batch["tokens"])
+        if "context_mask" in batch:
+            again = len(self.reader.front) * len(batch["context_mask"])
+            read += int(batch["context_mask"].sum()) - again
+        return read
+
 
 def read_logits(backbone: Backbone, batch: Batch, front: int = 0) -> Tensor:
     """What is said at the places that count by a model that reads the context first.

@@ -64,6 +64,10 @@ class Objective(ABC):
     def loss(self, backbone: Backbone, batch: Batch) -> Result:
         """The loss of one micro-batch with what is plugged in."""
 
+    def tokens_read(self, batch: Batch) -> int:
+        """Real tokens that `loss` sends through the backbone without gradients."""
+        return 0
+
     def validation_rows(self) -> Encoded | None:
         """Questions that choose the best step; None where there are none."""
         items = self.asked("validation")
@@ -108,6 +112,12 @@ class Learning:
         if batch["task"] == BESIDE:
             return drift(backbone, batch)
         return self.objective.loss(backbone, batch)
+
+    def tokens_read(self, batch: Batch) -> int:
+        """What the bare backbone reads beside the plugged one."""
+        if batch["task"] == BESIDE:
+            return int(batch["tokens"])
+        return self.objective.tokens_read(batch)
 
 
 def drift(backbone: Backbone, batch: Batch) -> Result:
