@@ -24,7 +24,6 @@ from cfm_train.bricks.prefix import (
     States,
     attention_sites,
     length,
-    read_states,
     token_states,
 )
 from cfm_train.bricks.prompt_files import start_ids
@@ -117,18 +116,10 @@ class Cartridge(Prefix):
         return {"peft_type": "CARTRIDGE", "num_frozen_tokens": self.hyper["frozen"]}
 
     @classmethod
-    def restore(
-        cls, interface: Mapping[str, Any], files: Mapping[str, bytes], backbone: Backbone
-    ) -> Self:
-        """A brick from PEFT's two files, trained here or anywhere else, or from our own.
-
-        Raises:
-            UserError: another kind of adapter, or one for a model of another shape.
-        """
-        states, config = read_states(interface, files, backbone)
+    def found(cls, states: Mapping[str, States], config: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a cartridge that was not made here."""
         plain = {"tokens": length(states), "init": "vocabulary", "text": None, "layers": None}
-        plain |= {"sites": list(states), "frozen": config.get("num_frozen_tokens", 1)}
-        return cls(**(interface.get("hyper") or plain)).hold(states, backbone)
+        return {**plain, "sites": list(states), "frozen": config.get("num_frozen_tokens", 1)}
 
 
 def first_tokens(document: Tensor | None, tokens: int | None) -> Tensor:

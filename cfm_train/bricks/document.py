@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cfm_train.bricks.brick import Derived
 from cfm_train.bricks.cartridge import first_tokens
-from cfm_train.bricks.prefix import Prefix, attention_sites, length, read_states, token_states
+from cfm_train.bricks.prefix import Prefix, States, attention_sites, length, token_states
 from cfm_train.config.types import Positive
 from cfm_train.errors import UserError
 
@@ -67,18 +67,9 @@ class Document(Prefix):
         self, backbone: Backbone, tasks: Mapping[str, TaskData], seed: int
     ) -> Derived:
         """Nothing is left to do: the text was read when the brick was built."""
-        read = len(self.states(self.site_names[0])[0])
-        return Derived(rows=1, tokens=read, scores={})
+        return Derived(rows=1, tokens=self.length, scores={})
 
     @classmethod
-    def restore(
-        cls, interface: Mapping[str, Any], files: Mapping[str, bytes], backbone: Backbone
-    ) -> Self:
-        """A brick from PEFT's two files or from our own.
-
-        Raises:
-            UserError: another kind of adapter, or one for a model of another shape.
-        """
-        states, _ = read_states(interface, files, backbone)
-        plain = {"tokens": length(states), "sites": list(states), "layers": None}
-        return cls(**(interface.get("hyper") or plain)).hold(states, backbone)
+    def found(cls, states: Mapping[str, States], config: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a document that was not made here."""
+        return {"tokens": length(states), "sites": list(states), "layers": None}

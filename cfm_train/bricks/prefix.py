@@ -111,6 +111,11 @@ class Prefix(Brick):
         """Whether keys and values are computed anew in each pass, so that gradients find parts."""
         return self.projected is not None
 
+    @property
+    def length(self) -> int:
+        """How many virtual tokens stand before an input."""
+        return len(self.states(self.site_names[0])[0])
+
     def states(self, site: str) -> States:
         """What the prefix holds for a site, computed where a network does it."""
         if self.projected is not None:
@@ -175,10 +180,19 @@ class Prefix(Brick):
         Raises:
             UserError: another kind of adapter, or one for a model of another shape.
         """
-        states, _ = read_states(interface, files, backbone)
+        states, config = read_states(interface, files, backbone)
+        return cls(**(interface.get("hyper") or cls.found(states, config))).hold(states, backbone)
+
+    @classmethod
+    def found(cls, states: Mapping[str, States], config: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a brick that was not made here.
+
+        Args:
+            states: its keys and values by site.
+            config: PEFT's config of it.
+        """
         plain = {"tokens": length(states), "init": "vocabulary", "text": None, "layers": None}
-        plain |= {"sites": list(states), "projection": None}
-        return cls(**(interface.get("hyper") or plain)).hold(states, backbone)
+        return {**plain, "sites": list(states), "projection": None}
 
 
 class Projection(nn.Module):
