@@ -62,7 +62,7 @@ def check(config: dict[str, Any]) -> Inputs:
     resolve_mode(config["tracking"]["mode"])
     _check_objective(config)
     backbone = resolve(config["backbone"])
-    _check_lengths(config, backbone)
+    _check_lengths(config, backbone, config["brick"].get("tokens") or 0)
     library = Library(config["library"])
     library.check_writable()
     own = fingerprint(backbone.folder)
@@ -98,13 +98,30 @@ def _check_objective(config: Mapping[str, Any]) -> None:
         )
 
 
-def _check_lengths(config: Mapping[str, Any], backbone: ResolvedBackbone) -> None:
-    """Refuses rows that the backbone cannot read together with a passage."""
+def _check_lengths(
+    config: Mapping[str, Any], backbone: ResolvedBackbone, virtual: int, others: int = 0
+) -> None:
+    """Refuses rows that the backbone cannot read with a passage, or among all distractors.
+
+    Args:
+        config: the run's config.
+        backbone: the backbone's folder and config.
+        virtual: how many tokens the brick puts before a row.
+        others: how many its distractors do.
+    """
     data = config["data"]
     most = backbone.config.get("max_position_embeddings", backbone.config.get("n_positions"))
-    virtual = config["brick"].get("tokens") or 0
+    if not isinstance(most, int):
+        return
+    among = data["max_length"] + virtual + others
+    if others and among > most:
+        raise UserError(
+            f"data.max_length={data['max_length']}, the brick's own {virtual} tokens and the "
+            f"{others} of its distractors make {among}, and '{backbone.id}' reads {most} at most: "
+            "name fewer distractors, or lower data.max_length or brick.tokens."
+        )
     needed = data["max_length"] + data["context"] + virtual
-    if isinstance(most, int) and needed > most:
+    if needed > most:
         own = f" and the brick's own {virtual} tokens" if virtual else ""
         raise UserError(
             f"data.max_length={data['max_length']}, data.context={data['context']}{own} make "
@@ -162,10 +179,9 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     settings = config["trainer"]
     print(inputs.documents.line(), flush=True)
     backbone, before = open_backbone(inputs.backbone, config["backbone"], settings)
-    reader, brick = _begin(config, inputs, backbone)
-    learning, task = _learning(config, inputs, backbone, reader)
+    reader, brick, others = _begin(config, inputs, backbone)
+    learning, task = _learning(config, inputs, reader, others)
     tasks = {config["name"]: task}
-    unrelated = _unrelated(inputs, reader)
     bare = probe(backbone, tasks)
     position = read_position(folder / "checkpoints")
     metrics = MetricsFile(folder / "metrics.jsonl")
@@ -191,12 +207,12 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
             else:
                 fitted = derive(backbone, brick, tasks, config["seed"], metrics, wandb)
         except Diverged as error:
-            beside = TaskData(task.spec, unrelated.get("train", task.train), None, None)
-            raise RuntimeError(trained.where(error, {**tasks, BESIDE: beside})) from None
-        others = [] if learning is None else learning.distractors.bricks
-        judged = studied.judge(
-            config, backbone, reader, brick, others, unrelated["test"] if unrelated else None
-        )
+            if learning is not None and learning.beside is not None:
+                tasks[BESIDE] = TaskData(task.spec, learning.beside, None, None)
+            raise RuntimeError(trained.where(error, tasks)) from None
+        unrelated = inputs.documents.unrelated["test"]
+        elsewhere = reader.blocks(unrelated, []) if unrelated else None
+        judged = studied.judge(config, backbone, reader, brick, others, elsewhere)
         same = unchanged(backbone, before, inputs.backbone)
         back = torch.equal(bare, probe(backbone, tasks))
         card = store(
@@ -226,8 +242,10 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     return {**record, "wandb": wandb.as_record()}
 
 
-def _begin(config: Mapping[str, Any], inputs: Inputs, backbone: Backbone) -> tuple[Reader, Brick]:
-    """What tokenises the documents, and the new brick.
+def _begin(
+    config: Mapping[str, Any], inputs: Inputs, backbone: Backbone
+) -> tuple[Reader, Brick, list[Brick]]:
+    """What tokenises the documents, the new brick, and its distractors.
 
     Raises:
         UserError: the backbone does not continue text, or the brick does not fit it.
@@ -236,6 +254,7 @@ def _begin(config: Mapping[str, Any], inputs: Inputs, backbone: Backbone) -> tup
 
     from cfm_train.bricks.kinds import make_brick
     from cfm_train.bricks.prefix import Prefix
+    from cfm_train.bricks.stored import open_brick
     from cfm_train.knowledge.tokens import Reader
     from cfm_train.training.seeding import reseed
 
@@ -249,17 +268,17 @@ def _begin(config: Mapping[str, Any], inputs: Inputs, backbone: Backbone) -> tup
     reseed(config["seed"], "brick")
     text = torch.tensor(reader.whole())
     brick = make_brick(config["brick"]).about(text).build(backbone)
+    others = [open_brick(card, inputs.library, backbone) for card in inputs.distractors]
     if isinstance(brick, Prefix):  # how long a whole document is, only its tokens tell
-        held = len(brick.states(brick.site_names[0])[0])
-        _check_lengths({**config, "brick": {"tokens": held}}, inputs.backbone)
-    return reader, brick
+        theirs = sum(other.length for other in others if isinstance(other, Prefix))
+        _check_lengths(config, inputs.backbone, brick.length, theirs)
+    return reader, brick, others
 
 
 def _learning(
-    config: Mapping[str, Any], inputs: Inputs, backbone: Backbone, reader: Reader
+    config: Mapping[str, Any], inputs: Inputs, reader: Reader, others: list[Brick]
 ) -> tuple[Learning | None, TaskData]:
     """The objective at work (None where nothing is trained), and its rows as a task."""
-    from cfm_train.bricks.stored import open_brick
     from cfm_train.data.encode import TaskData
     from cfm_train.data.tasks import TaskSpec
     from cfm_train.knowledge.distractors import Distractors
@@ -269,16 +288,9 @@ def _learning(
     if config["objective"] is None:
         return None, TaskData(spec, reader.blocks(inputs.documents.rows, []), None, None)
     objective = make_objective(config["objective"]).read(reader)
-    others = [open_brick(card, inputs.library, backbone) for card in inputs.distractors]
     beside = reader.blocks(inputs.documents.unrelated["train"], []) if objective.keep else None
     learning = Learning(objective, beside, Distractors(others))
     return learning, TaskData(spec, objective.train_rows(), objective.validation_rows(), None)
-
-
-def _unrelated(inputs: Inputs, reader: Reader) -> dict[str, Any]:
-    """Unrelated text in blocks, by split; empty where none was given."""
-    rows = inputs.documents.unrelated
-    return {split: reader.blocks(some, []) for split, some in rows.items() if some}
 
 
 def rehearse(config: dict[str, Any], inputs: Inputs) -> None:

@@ -89,6 +89,10 @@ def test_a_cartridge_is_trained_among_others(
     assert record["arms"]["arms"][-1]["name"] == "among others"
     assert record["arms"]["gains"][-1]["over"] == "brick"
     assert "exact_match" not in record["arms"]["arms"][0]
+    crowded = [*second, "name=third", "brick.tokens=96", "data.context=8"]
+    crowded.append("distractors=[first,second]")
+    assert main(crowded) == 2
+    assert "own 96 tokens and the 16 of its distractors make 136" in capsys.readouterr().err
 
 
 @pytest.mark.slow
