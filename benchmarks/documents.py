@@ -170,7 +170,7 @@ def domain(options: argparse.Namespace, name: str) -> dict[str, float]:
     """Nats per token on a domain's validation file: bare, with a LoRA brick, fully fine-tuned."""
     root, rows = Path(options.root), f"trainer.max_steps={options.steps}"
     data = [f"data.train={root}/{name}.train.txt", f"data.test={root}/{name}.valid.txt"]
-    data += ["data.unit=file" if options.unit == "file" else f"data.unit={options.unit}"]
+    data.append(f"data.unit={options.unit}")
     best: dict[str, tuple[float, float]] = {}
     for rate in RATES["lora"]:
         record = run(
