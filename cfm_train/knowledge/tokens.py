@@ -47,10 +47,11 @@ class Reader:
         documents: the documents.
         tokenizer: the backbone's, a fast one.
         max_length: most tokens of a row.
-        context: most tokens of a passage in a context; what is cut lies far from the question.
+        context: most tokens of a passage in a context, with its line break; what is cut lies far
+            from the question.
 
     Attributes:
-        cut: how many passages did not fit into a context.
+        cut: how many of the passages that were shown did not fit into a context.
     """
 
     def __init__(self, documents: Documents, tokenizer: Any, max_length: int, context: int) -> None:
@@ -85,12 +86,13 @@ class Reader:
             passage.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
         ids = encoded["input_ids"]
-        if len(ids) > self.context:
+        room = self.context - len(self.gap)
+        if len(ids) > room:
             self.cut += 1
             ends = [end for _, end in encoded["offset_mapping"]]
             at = next((i for i, end in enumerate(ends) if end > place), len(ids))
-            start = min(max(0, at - self.context // 2), len(ids) - self.context)
-            ids = ids[start : start + self.context]
+            start = min(max(0, at - room // 2), len(ids) - room)
+            ids = ids[start : start + room]
         return [*self.front, *ids, *self.gap]
 
     def question(self, question: Question, *, context: bool = False) -> Item:

@@ -29,7 +29,7 @@ class Judged:
     Attributes:
         scores: ``<arm>/<metric>`` and ``<arm> over <arm>/<metric>``.
         unrelated: see `unrelated.cost`; empty where there was no text for it.
-        cut: how many passages did not fit into a context.
+        cut: how many questions have a passage that did not fit into a context.
         given: whether a person asked the questions.
     """
 

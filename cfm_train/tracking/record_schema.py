@@ -203,7 +203,7 @@ class Arms(TypedDict):
     """A knowledge brick's answers beside those of its text in the prompt.
 
     ``questions`` is how many test questions, ``made`` who made them (``given`` by a person, or
-    ``by rule``), ``cut`` how many passages were too long for a context.
+    ``by rule``), ``cut`` how many of them have a passage that was too long for a context.
     """
 
     questions: int

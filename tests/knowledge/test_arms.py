@@ -86,6 +86,9 @@ def test_a_long_passage_is_cut_around_its_question(tmp_path: Path) -> None:
         assert whole.ids == item.context + item.ids
         assert whole.ids[whole.start :] == item.ids[item.start :]
     assert reader.cut == len(found.questions["test"])
+    reader.gap = [4, 5]  # a line break takes its room from the passage
+    broken = reader.question(found.questions["test"][0], context=True).context
+    assert len(broken) == 16 and broken[-2:] == [4, 5]
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,18 @@ def test_a_document_that_leaves_no_room_is_refused_and_leaves_no_folder(
 
 
 @pytest.mark.parametrize(
+    ("more", "sites"),
+    [
+        (["brick=prefix", "brick.sites=[attn]"], ["attn"]),
+        (["brick=soft_prompt", "~brick.sites"], None),
+    ],
+)
+def test_other_kinds_are_taught_as_the_docs_say(more: list[str], sites: list[str] | None) -> None:
+    base = ["recipe=knowledge/lora", "name=a", "backbone.path=x", "data.documents=y"]
+    assert config(*base, *more)["brick"].get("sites") == sites
+
+
+@pytest.mark.parametrize(
     ("override", "sentence"),
     [
         ("objective.kep=1", "objective.kep is no key of objective.* Did you mean 'objective.keep'"),
