@@ -185,7 +185,7 @@ def _add_export(
     if found is None:
         return ""
     card, files = found
-    if fingerprint and fingerprint not in card.requires:
+    if fingerprint and fingerprint not in card.requires[:1]:  # what follows is no backbone
         return f"{card.ref} was made for another backbone than --backbone."
     if options.kind not in (None, card.kind):
         return f"{card.ref} is of kind {card.kind}, and --kind asks for {options.kind}."

@@ -42,7 +42,8 @@ class Card:
         version: 12 hexadecimal digits; the library computes it, a new card leaves it empty.
         granularity: ``neuron``, ``neuron_group``, ``layer`` or ``model``.
         sites: names of the sites that the brick plugs into, in the backbone's order.
-        requires: fingerprints of the backbones without which the artifact means nothing.
+        requires: fingerprints without which the artifact means nothing: a brick's backbone, then
+            its encoder where it has one; both models of a bridge.
         backbone_id: what a person calls that backbone (``minilm``, a Hub id).
         tokenizer: hash of the tokenizer that its inputs went through.
         heads: per head ``{"task": type, "labels": [...] or None, "size": outputs}``.

@@ -103,13 +103,18 @@ def _summary(card: Card) -> str:
         f"{card.created[:10]}."
     ]
     if card.kind != "backbone" and (card.backbone_id or card.requires):
-        prints = ", ".join(f"`{one[:12]}`" for one in card.requires) or "unknown"
-        lines.append(
-            f"It fits the backbone `{card.backbone_id or 'unknown'}` (fingerprint {prints}) and "
-            "no other."
-            if card.kind != "bridge"
-            else f"It joins the models `{card.backbone_id}` (fingerprints {prints})."
-        )
+        prints = [f"`{one[:12]}`" for one in card.requires] or ["unknown"]
+        if card.kind == "bridge":
+            lines.append(
+                f"It joins the models `{card.backbone_id}` (fingerprints {', '.join(prints)})."
+            )
+        else:
+            lines.append(
+                f"It fits the backbone `{card.backbone_id or 'unknown'}` (fingerprint {prints[0]}) "
+                "and no other."
+            )
+            if prints[1:]:
+                lines.append(f"It also needs the encoder {', '.join(prints[1:])}.")
     if card.expression:
         lines.append(f"Its configuration: `{card.expression}`.")
     if found := choice(card):

@@ -276,23 +276,14 @@ def record_of(
 ) -> dict[str, Any]:
     """The record's own part, without W&B."""
     from cfm_train.operations.setting import backbone_entries, brick_entry
-    from cfm_train.training.cost import peak_memory
 
     entries = backbone_entries(backbone, same)
     entries["checks"] |= judged.checks
-    seconds = max(fitted.train_seconds, 1e-9)
     return {
         "brick": brick_entry(card, inputs.library),
         **entries,
         "metrics": judged.figures,
-        "cost": {
-            "train_seconds": fitted.train_seconds,
-            "samples_per_second": fitted.rows / seconds,
-            "tokens_per_second": fitted.tokens / seconds,
-            "peak_memory_bytes": peak_memory(),
-            "trainable_parameters": brick.parameter_count(),
-            "flop_share": fitted.flop_share,
-        },
+        "cost": fitted.cost(brick.parameter_count()),
         "data": trained.data_report({"items": inputs.checked}),
         "samples": judged.samples,
         "curves": "metrics.jsonl",

@@ -163,7 +163,6 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     from cfm_train.paths import cache_dir
     from cfm_train.tracking.metrics_file import MetricsFile
     from cfm_train.training.checkpoint import read_position
-    from cfm_train.training.cost import peak_memory
     from cfm_train.training.fit import fit
     from cfm_train.training.module import Diverged
     from cfm_train.training.samples import SampleOutputs
@@ -234,7 +233,6 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
             ],
         )
         wandb.summary({name: figure["value"] for name, figure in figures.items()})
-    seconds = max(fitted.train_seconds, 1e-9)
     return {
         "brick": brick_entry(card, inputs.library),
         "backbone": {
@@ -246,14 +244,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
         "checks": {
             "the folder holds what was trained": {"value": same, "tolerance": None, "passed": same}
         },
-        "cost": {
-            "train_seconds": fitted.train_seconds,
-            "samples_per_second": fitted.rows / seconds,
-            "tokens_per_second": fitted.tokens / seconds,
-            "peak_memory_bytes": peak_memory(),
-            "trainable_parameters": model.parameter_count(),
-            "flop_share": fitted.flop_share,
-        },
+        "cost": fitted.cost(model.parameter_count()),
         "data": trained.data_report({"text": inputs.corpora.text}),
         "matrix": cells,
         "samples": samples.latest,

@@ -123,24 +123,15 @@ def record_of(
         back: whether it answers as before once nothing is plugged.
     """
     from cfm_train.operations.setting import backbone_entries, brick_entry
-    from cfm_train.training.cost import peak_memory
 
     entries = backbone_entries(backbone, same)
     entries["checks"]["unplugged equals bare"] = {"value": back, "tolerance": None, "passed": back}
-    seconds = max(fitted.train_seconds, 1e-9)
     arms = arms_of(judged)
     return {
         "brick": brick_entry(card, library),
         **entries,
         "metrics": judged.figures,
-        "cost": {
-            "train_seconds": fitted.train_seconds,
-            "samples_per_second": fitted.rows / seconds,
-            "tokens_per_second": fitted.tokens / seconds,
-            "peak_memory_bytes": peak_memory(),
-            "trainable_parameters": sum(p.numel() for p in brick.parameters()),
-            "flop_share": fitted.flop_share,
-        },
+        "cost": fitted.cost(sum(p.numel() for p in brick.parameters())),
         "matrix": cells(arms, config["name"]),
         "arms": arms,
         "curves": "metrics.jsonl",

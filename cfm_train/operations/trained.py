@@ -43,24 +43,15 @@ def record_of(
         same: whether the backbone is what it was.
     """
     from cfm_train.operations.setting import backbone_entries, brick_entry
-    from cfm_train.training.cost import peak_memory
 
     entries = backbone_entries(backbone, same)
     entries["checks"]["unplugged equals bare"] = judged.unplugged
-    seconds = max(fitted.train_seconds, 1e-9)
     return {
         "brick": brick_entry(card, library),
         **entries,
         "metrics": judged.figures() | (floor.figures("floor") if floor else {}),
-        "cost": {
-            "train_seconds": fitted.train_seconds,
-            "samples_per_second": fitted.rows / seconds,
-            "tokens_per_second": fitted.tokens / seconds,
-            "peak_memory_bytes": peak_memory(),
-            # A finished brick asks for no gradients, so all of its numbers are counted.
-            "trainable_parameters": sum(p.numel() for p in brick.parameters()),
-            "flop_share": fitted.flop_share,
-        },
+        # A finished brick asks for no gradients, so all of its numbers are counted.
+        "cost": fitted.cost(sum(p.numel() for p in brick.parameters())),
         "data": data_report(tasks),
         "curves": "metrics.jsonl",
     }

@@ -24,7 +24,7 @@ from cfm_train.tracking.metrics_file import MetricsFile
 from cfm_train.tracking.wandb_run import WandbRun
 from cfm_train.training.callbacks import MetricsLog, Progress
 from cfm_train.training.checkpoint import AtomicCheckpointIO, ExactCheckpoint, Position
-from cfm_train.training.cost import peak_flops
+from cfm_train.training.cost import peak_flops, peak_memory
 from cfm_train.training.dataset import (
     Beside,
     EvaluationDataset,
@@ -60,6 +60,22 @@ class Fitted:
     train_seconds: float
     flop_share: float | None
     stopped: str
+
+    def cost(self, trained: int) -> dict[str, Any]:
+        """What a record says of the cost.
+
+        Args:
+            trained: how many numbers were trained.
+        """
+        seconds = max(self.train_seconds, 1e-9)
+        return {
+            "train_seconds": self.train_seconds,
+            "samples_per_second": self.rows / seconds,
+            "tokens_per_second": self.tokens / seconds,
+            "peak_memory_bytes": peak_memory(),
+            "trainable_parameters": trained,
+            "flop_share": self.flop_share,
+        }
 
 
 def fit(
