@@ -152,6 +152,7 @@ class Data(Section):
 class Trainer(Section):
     """How long and how fast a brick is trained."""
 
+    optimizer: Literal["adamw", "muon"]
     learning_rate: Rate
     head_learning_rate: Rate
     epochs: Positive

@@ -130,6 +130,7 @@ def fit(
     dataset = StepDataset(stream, splits, settings["accumulate"], pad_id, beside)
     validation = {name: task.validation for name, task in tasks.items() if task.validation}
     options = Optimisation(
+        optimizer=settings["optimizer"],
         learning_rate=settings["learning_rate"],
         head_learning_rate=settings["head_learning_rate"],
         weight_decay=settings["weight_decay"],

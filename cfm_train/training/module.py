@@ -26,6 +26,7 @@ from cfm_train.bricks.brick import Brick
 from cfm_train.data.tasks import HEADED, TaskSpec
 from cfm_train.evaluation.evaluator import Answers
 from cfm_train.training.cost import work_of
+from cfm_train.training.muon import Muon, hidden_matrices
 from cfm_train.training.objectives import (
     BESIDE,
     Batch,
@@ -55,10 +56,11 @@ class Optimisation:
     """What the optimiser needs to know; the values come from the recipe's ``trainer`` section.
 
     Attributes:
-        learning_rate: peak rate of AdamW, for all but heads.
+        optimizer: ``adamw``, or ``muon`` (see `training.muon`), which takes hidden matrices.
+        learning_rate: peak rate, for all but heads.
         head_learning_rate: peak rate for heads. They start from nothing and need larger steps than
             a brick, which starts from what the backbone does.
-        weight_decay: AdamW's decoupled decay.
+        weight_decay: decoupled decay.
         clip: largest norm of the gradient, None for no clipping.
         warmup: share of the steps over which the rate rises.
         schedule: see `training.schedule`.
@@ -67,6 +69,7 @@ class Optimisation:
         diverged: a mean loss over `WINDOW` steps this many times the first window's stops the run.
     """
 
+    optimizer: str
     learning_rate: float
     head_learning_rate: float
     weight_decay: float
@@ -142,17 +145,27 @@ class BrickModule(pl.LightningModule):
         return self.brick.load_state_dict(own, strict=True)
 
     def configure_optimizers(self) -> Any:
-        """AdamW over the brick's parameters, with the schedule applied each step."""
+        """The optimiser over the brick's parameters, with the schedule applied each step."""
         options = self.optimisation
         named = [(n, p) for n, p in self.brick.named_parameters() if p.requires_grad]
-        body = [p for name, p in named if not name.startswith("heads.")]
+        matrices = hidden_matrices(self.brick) if options.optimizer == "muon" else set()
+        hidden = [p for name, p in named if name in matrices]
         heads = [p for name, p in named if name.startswith("heads.")]
+        body = [p for n, p in named if n not in matrices and not n.startswith("heads.")]
         # Where heads are all there is, they are the brick, and its rate is theirs.
-        rate = options.head_learning_rate if body else options.learning_rate
-        groups = [{"params": body, "lr": options.learning_rate}, {"params": heads, "lr": rate}]
-        optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]], weight_decay=options.weight_decay
-        )
+        rate = options.head_learning_rate if body or hidden else options.learning_rate
+        groups: list[dict[str, Any]] = [
+            {"params": body, "lr": options.learning_rate},
+            {"params": heads, "lr": rate},
+        ]
+        optimizer: torch.optim.Optimizer
+        if options.optimizer == "muon":
+            groups.append({"params": hidden, "lr": options.learning_rate, "muon": True})
+            groups = [group for group in groups if group["params"]]
+            optimizer = Muon(groups, weight_decay=options.weight_decay)
+        else:
+            groups = [group for group in groups if group["params"]]
+            optimizer = torch.optim.AdamW(groups, weight_decay=options.weight_decay)
         scheduler = torch.optim.lr_scheduler.LambdaLR(
             optimizer,
             lambda step: factor(
