@@ -2,8 +2,8 @@
 
     attention(q, [K_i; K], [V_i; V])     K_i = W_k E(prompt_i) + b_k,  V_i = W_v E(told_i) + b_v
 
-Knowledge tokens of KBLaM (Wang et al. 2024, arXiv 2410.10450): E is frozen, W and b are learned over
-all facts together, one pair for each attention layer, and a fact is added or taken out without
+Knowledge tokens of KBLaM (Wang et al. 2024, arXiv 2410.10450): E is frozen, W and b are learned
+over all facts together, one pair for each attention layer, and a fact is added or taken out without
 training (`by_vector.py`). New rows are the keys and values that random tokens leave behind.
 
 Where there is a gate, it chooses the fact of each row, and attention reads that fact alone. With

@@ -2,14 +2,14 @@
 
     x_t ← x_t + (W e_i + b)_k       t: the last tokens of each mention of fact i's subject
 
-Map-tuning (Zhang et al. 2023, "Plug-and-Play Knowledge Injection", arXiv 2305.17691) puts a mapped
-entity vector as a token of its own beside the mention. Here it is added to the mention's own tokens:
-no token moves, so texts keep their length, their positions and their cache. W and b are learned
-over all facts together, and a fact is added or taken out without training (`by_vector.py`). They
-start as zero: a new brick changes nothing.
+Map-tuning (Zhang et al. 2023, arXiv 2305.17691) puts a mapped entity vector beside the mention, as
+a token of its own. Here it is added to the mention's own tokens: no token moves, so texts keep
+their length, their positions and their cache. W and b are learned over all facts together, and a
+fact is added or taken out without training (`by_vector.py`). They start as zero: a new brick
+changes nothing.
 
-A fact acts where the gate says; with ``gate.kind=none`` wherever its subject is mentioned. A pass of
-a single token is the continuation of a prompt, which holds the vectors already, and gets none.
+A fact acts where the gate says, with ``gate.kind=none`` wherever its subject is mentioned. A pass
+of a single token goes on with a prompt, which holds the vectors already, and gets none.
 """
 
 from __future__ import annotations

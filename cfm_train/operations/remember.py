@@ -1,4 +1,4 @@
-"""Add facts to a brick that computes its facts from vectors: a new brick with them, nothing trained.
+"""Add facts to a brick that computes them from vectors: a new brick, nothing trained.
 
 The encoder that the brick was made with reads the new facts; maps and the others' vectors stay, and
 so do the others' answers, to the bit; the run tries it. The gate takes the new prompts in and keeps
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cfm_train.backbone.fingerprint import file_hash
+from cfm_train.backbone.fingerprint import file_hash, fingerprint
 from cfm_train.backbone.spec import resolve
 from cfm_train.config.signature import kinds
 from cfm_train.data.facts import Fact, from_taught, normalised, read_facts
@@ -60,7 +60,13 @@ def check(config: dict[str, Any]) -> Inputs:
             f"{card.ref} ({card.kind}) computes no facts: teach them with recipe=knowledge/facts, "
             f"or make a brick that takes more later (brick={' or '.join(computed)})."
         )
-    resolve(card.interface["encoder"]["section"], "sentence_encoder")
+    encoder = resolve(card.interface["encoder"]["section"], "sentence_encoder")
+    reads = fingerprint(encoder.folder)
+    if reads != card.interface["encoder"]["fingerprint"]:
+        raise UserError(
+            f"{card.ref} was read with another '{encoder.id}' than the one here: install that one, "
+            "or teach the facts again."
+        )
     facts = read_facts(config["data"]["facts"], limit=config["data"]["limit"])
     known = {
         normalised(prompt) for old in card.interface["facts"] for prompt in from_taught(old).prompts
@@ -74,7 +80,11 @@ def check(config: dict[str, Any]) -> Inputs:
                 )
     unrelated = read_text(config["data"]["unrelated"])
     selection.library.check_writable()
-    fingerprints = {**selection.fingerprints, "data/facts": facts_fingerprint(facts)}
+    fingerprints = {
+        **selection.fingerprints,
+        "encoder": reads,
+        "data/facts": facts_fingerprint(facts),
+    }
     if config["data"]["unrelated"]:
         fingerprints["data/unrelated"] = file_hash(Path(config["data"]["unrelated"]).expanduser())
     return Inputs(selection, card, facts, unrelated, fingerprints)

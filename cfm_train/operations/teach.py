@@ -153,8 +153,8 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
         new_brick,
         samples_of,
         share,
-        sizes,
         single,
+        sizes,
         unplugged,
         windows,
     )

@@ -88,6 +88,9 @@ def test_a_check_that_was_not_made_is_not_reported(
         expected |= {"the gate no longer finds what is forgotten"}
     assert set(less["checks"]) == expected
     assert all(check["passed"] for check in less["checks"].values())
+    wrong = ["recipe=knowledge/remember", "name=x", "bricks=[told]", "data.facts=facts.jsonl"]
+    assert main(wrong) == 2
+    assert "(neurons) computes no facts: teach them" in capsys.readouterr().err
     if kind == "encoder":  # what the gate reads with is not what the brick is plugged into
         wrong = ["recipe=knowledge/forget", "name=x", "bricks=[told]", "facts=[1]", "backbone=hf"]
         assert main([*wrong, f"backbone.path={folder('bert')}"]) == 2
