@@ -40,12 +40,14 @@ def teach_shared(
     learning_rate: float,
     front: Sequence[str],
     seed: int,
+    gated: bool,
     tick: Callable[[int, float, int], Any] | None = None,
 ) -> Taught:
-    """Teaches a brick its facts, all together; arguments as of `teach`.
+    """Teaches a brick its facts, all together; arguments as of `teach`, and one more.
 
     ``settings["clip"]`` is the norm of a batch's whole gradient here, and `tick` is told how many
-    facts are not yet below ``enough``.
+    facts are not yet below ``enough``. ``gated``: whether each row shall have its own fact alone;
+    else all facts act on every row, as they will where no gate chooses.
     """
     parameters = [p for p in brick.parameters() if p.requires_grad]
     adam = torch.optim.Adam(parameters, lr=learning_rate, betas=(0.9, 0.95), eps=EPSILON)
@@ -69,7 +71,7 @@ def teach_shared(
                         owner.append(i)
                 ids, mask, labels = batch_of(rows, backbone.tokenizer.pad_token_id)
                 tokens += int(mask.sum())
-                brick.fire(torch.tensor(owner))
+                brick.fire(torch.tensor(owner) if gated else None)
                 per_row = answer_losses(backbone, ids, mask, labels)
                 adam.zero_grad()
                 per_row.mean().backward()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from cfm_train.data.encode import Encoded
     from cfm_train.data.facts import Fact
     from cfm_train.data.rows import Row
+    from cfm_train.knowledge.teach import Taught
     from cfm_train.tracking.metrics_file import MetricsFile
     from cfm_train.tracking.wandb_run import WandbRun
 
@@ -194,7 +196,10 @@ def _teach_group(
     from cfm_train.tracking.atomic import replace_file
 
     brick = new_brick(config, facts, backbone, encoder)
-    teaching = teach_shared.teach_shared if brick.shared else teach.teach
+    teaching: Callable[..., Taught] = teach.teach
+    if brick.shared:
+        gated = config["gate"]["kind"] != "none"
+        teaching = functools.partial(teach_shared.teach_shared, gated=gated)
     curve: list[tuple[int, float, int]] = []
     began = time.monotonic()
     with tqdm(total=config["teaching"]["steps"], leave=False, unit="step") as bar:

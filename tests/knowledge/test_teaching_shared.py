@@ -45,7 +45,9 @@ def test_a_plain_loop_comes_to_the_same(kind: str) -> None:
     """Prompt after prompt without a batch, the mean of their losses, and Adam's formula."""
     backbone = tiny("llama")
     ours, plain = new(kind, backbone), new(kind, backbone)
-    found = teach_shared(backbone, ours, TOLD, SETTINGS, learning_rate=1e-3, front=[], seed=0)
+    found = teach_shared(
+        backbone, ours, TOLD, SETTINGS, learning_rate=1e-3, front=[], seed=0, gated=True
+    )
     parameters = list(plain.parameters())
     first, second = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
     for step in range(1, 7):
@@ -81,7 +83,7 @@ def test_taught_together_and_said_apart(kind: str) -> None:
     backbone = tiny("llama")
     facts = [dataclasses.replace(f, neighbours=("w50 w10 w11",)) for f in TOLD]
     settings = SETTINGS | {"steps": 200, "facts_per_group": 2, "clip": 1.0, "enough": 0.05}
-    given = {"learning_rate": 1e-2, "front": ["w30 w31."], "seed": 0}
+    given: Any = {"learning_rate": 1e-2, "front": ["w30 w31."], "seed": 0, "gated": True}
     brick = new(kind, backbone)
     ticks: list[tuple[int, float, int]] = []
     found = teach_shared(
@@ -102,3 +104,15 @@ def test_taught_together_and_said_apart(kind: str) -> None:
     for other in (one, two):
         teach_shared(backbone, other, facts, short, **given)
     assert all(map(torch.equal, one.parameters(), two.parameters()))
+
+
+def test_without_a_gate_attention_learns_to_choose() -> None:
+    """All facts are seen on every row, in teaching as in use."""
+    backbone = tiny("llama")
+    settings = SETTINGS | {"steps": 300, "enough": 0.05}
+    brick = new("encoded_rows", backbone)
+    teach_shared(backbone, brick, TOLD, settings, learning_rate=1e-2, front=[], seed=0, gated=False)
+    brick.eval().requires_grad_(False)
+    figures, _ = judge(backbone, brick, TOLD, unrelated=None, bootstrap=5, seed=0)
+    assert figures["prompt/brick/exact_match"]["value"] == 1
+    assert "prompt/gate finds the fact" not in figures
