@@ -15,7 +15,7 @@ of a single token goes on with a prompt, which holds the vectors already, and ge
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,7 @@ class Map(ByVector, ByFact, Brick):
 
     def _found(self, ids: Tensor) -> list[tuple[int, int, tuple[int, int]]]:
         """Mentions of subjects whose facts act: row, fact, first and last token."""
-        tokenizer = self._backbone.tokenizer
+        tokenizer = cast(Any, self)._backbone.tokenizer
         if self.gate is None and self.chosen is None:
             texts = map(normalised, tokenizer.batch_decode(ids, skip_special_tokens=True))
             subjects = [normalised(fact["subject"]) for fact in self.facts]
