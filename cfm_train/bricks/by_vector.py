@@ -35,27 +35,40 @@ class ByVector:
     Attributes:
         vectors: ``[facts, parts, width]`` float16, a buffer; what `parts` names, for each fact.
         mean: ``[parts, width]`` float32, a buffer: the mean vector of what was taught.
-        encoder: the encoder's ``backbone`` section and ``fingerprint``.
+        encoder: the encoder's ``backbone`` section and ``fingerprint``; None where vectors are
+            given with the facts.
     """
 
     shared: ClassVar[bool] = True
 
     vectors: Tensor
     mean: Tensor
-    encoder: dict[str, Any]
+    encoder: dict[str, Any] | None
 
     def parts(self) -> tuple[str, ...]:
-        """What of each fact is encoded, see `words`."""
+        """What of each fact is encoded, see `words`; ``("vector",)`` for what is given."""
         raise NotImplementedError
 
-    def read(self, encoder: Encoder) -> Self:
-        """Encodes the facts, after `for_facts` and before `build`."""
-        vectors = self._encode(cast(Any, self).facts, encoder)
+    def read(self, encoder: Encoder | None, given: Tensor | None = None) -> Self:
+        """Encodes the facts, after `for_facts` and before `build`.
+
+        Args:
+            encoder: who reads them.
+            given: ``[facts, width]``, the vectors that come with them; brought to unit length.
+        """
+        vectors = self._encode(cast(Any, self).facts, encoder, given)
         self._hold(vectors, vectors.float().mean(0))
-        self.encoder = {"section": encoder.section, "fingerprint": encoder.fingerprint}
+        self.encoder = None
+        if encoder is not None and given is None:
+            self.encoder = {"section": encoder.section, "fingerprint": encoder.fingerprint}
         return self
 
-    def _encode(self, facts: Sequence[Mapping[str, Any]], encoder: Encoder) -> Tensor:
+    def _encode(
+        self, facts: Sequence[Mapping[str, Any]], encoder: Encoder | None, given: Tensor | None
+    ) -> Tensor:
+        if given is not None:
+            return nn.functional.normalize(given.float(), dim=-1)[:, None].half()
+        assert encoder is not None
         texts = [words(fact, part) for fact in facts for part in self.parts()]
         return encoder.encode(texts).unflatten(0, (len(facts), -1)).half()
 
@@ -92,7 +105,7 @@ class ByVector:
                 "vectors: teach them again."
             )
         self._hold(tensors["vectors"], tensors["mean"])
-        self.encoder = dict(interface["encoder"])
+        self.encoder = interface["encoder"]
 
     def stacked(self) -> set[str]:
         """The tensors that hold one entry for each fact."""
@@ -116,7 +129,11 @@ class ByVector:
         return torch.cat([affine(one) for one in entries.split(1)])
 
     def with_more(
-        self, facts: Sequence[Mapping[str, Any]], encoder: Encoder, backbone: Backbone
+        self,
+        facts: Sequence[Mapping[str, Any]],
+        encoder: Encoder | None,
+        backbone: Backbone,
+        given: Tensor | None = None,
     ) -> Self:
         """A new brick that knows more facts; nothing is trained, and the others are to the bit.
 
@@ -126,23 +143,26 @@ class ByVector:
             facts: as `Fact.taught` gives them.
             encoder: the one that the brick was made with.
             backbone: the brick's.
+            given: ``[facts, width]``, where the brick's vectors were given with its facts.
         """
         own = cast(Any, self)
         tensors = dict(own.tensors())
         tensors["vectors"] = torch.cat(
-            [self.vectors, self._encode(facts, encoder).to(self.vectors)]
+            [self.vectors, self._encode(facts, encoder, given).to(self.vectors)]
         )
         every = [*own.facts, *map(dict, facts)]
         made = own.made({**own.interface(), "facts": every}, tensors, backbone)
         if own.gate is not None:
-            made.gate = own.gate.with_more(facts, encoder)
+            made.gate = own.gate.with_more(facts, encoder or own.gate.encoder)
         return cast(Self, made)
 
     def needs(self) -> list[str]:
         """The fingerprint of the encoder, of which the gate's is one more where it differs."""
         gate = cast(Any, super()).needs()
-        return list(dict.fromkeys([self.encoder["fingerprint"], *gate]))
+        own = [] if self.encoder is None else [self.encoder["fingerprint"]]
+        return list(dict.fromkeys([*own, *gate]))
 
     def interface(self) -> dict[str, Any]:
-        """Kind, sites, facts, gate, and who encoded the facts."""
-        return {**cast(Any, super()).interface(), "encoder": self.encoder}
+        """Kind, sites, facts, gate, who encoded the facts, and how wide their vectors are."""
+        own = {"encoder": self.encoder, "width": self.width()}
+        return {**cast(Any, super()).interface(), **own}

@@ -38,12 +38,12 @@ class Map(ByVector, ByFact, Brick):
     Args:
         tokens: embeddings of each fact, for the last tokens of a mention: the last of them for its
             last token, and so on; a shorter mention goes without the first ones.
-        told: what a fact's vector is made of.
+        told: what a fact's vector is made of; ``vector`` for those that come with the facts.
     """
 
     granularity: ClassVar[str] = "model"
 
-    def __init__(self, tokens: Positive, told: Literal["answer", "statement"]) -> None:
+    def __init__(self, tokens: Positive, told: Literal["answer", "statement", "vector"]) -> None:
         super().__init__(tokens=tokens, told=told)
         self.begin()
 

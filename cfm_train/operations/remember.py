@@ -60,14 +60,24 @@ def check(config: dict[str, Any]) -> Inputs:
             f"{card.ref} ({card.kind}) computes no facts: teach them with recipe=knowledge/facts, "
             f"or make a brick that takes more later (brick={' or '.join(computed)})."
         )
-    encoder = resolve(card.interface["encoder"]["section"], "sentence_encoder")
-    reads = fingerprint(encoder.folder)
-    if reads != card.interface["encoder"]["fingerprint"]:
-        raise UserError(
-            f"{card.ref} was read with another '{encoder.id}' than the one here: install that one, "
-            "or teach the facts again."
-        )
+    described = card.interface["encoder"]
+    encoded: dict[str, str] = {}
+    if described is not None:
+        encoder = resolve(described["section"], "sentence_encoder")
+        encoded["encoder"] = fingerprint(encoder.folder)
+        if encoded["encoder"] != described["fingerprint"]:
+            raise UserError(
+                f"{card.ref} was read with another '{encoder.id}' than the one here: install that "
+                "one, or teach the facts again."
+            )
     facts = read_facts(config["data"]["facts"], limit=config["data"]["limit"])
+    width = card.interface["width"] if described is None else 0
+    if len(facts[0].vector) != width:
+        wanted = f"vectors of {width} numbers" if width else "no vectors: its encoder makes them"
+        raise UserError(
+            f"{facts[0].at}: the fact's vector has {len(facts[0].vector)} numbers, and {card.ref} "
+            f"takes {wanted}."
+        )
     known = {
         normalised(prompt) for old in card.interface["facts"] for prompt in from_taught(old).prompts
     }
@@ -82,7 +92,7 @@ def check(config: dict[str, Any]) -> Inputs:
     selection.library.check_writable()
     fingerprints = {
         **selection.fingerprints,
-        "encoder": reads,
+        **encoded,
         "data/facts": facts_fingerprint(facts),
     }
     if config["data"]["unrelated"]:
@@ -105,14 +115,17 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
         tracked,
         unchanged,
     )
-    from cfm_train.operations.taught import samples_of, sizes, windows
+    from cfm_train.operations.taught import given, samples_of, sizes, windows
 
     selection, old = inputs.selection, inputs.card
     section = {**selection.section, "dtype": "float32"}
     backbone, before = open_backbone(selection.backbone, section)
     less: Any = open_brick(old, selection.library, backbone)
-    encoder = Encoder(less.encoder["section"], less.encoder["fingerprint"])
-    more = less.with_more([fact.taught() for fact in inputs.facts], encoder, backbone)
+    encoder = None
+    if less.encoder is not None:
+        encoder = Encoder(less.encoder["section"], less.encoder["fingerprint"])
+    new_facts = [fact.taught() for fact in inputs.facts]
+    more = less.with_more(new_facts, encoder, backbone, given(inputs.facts))
     more.eval().requires_grad_(False)
     known = [from_taught(fact) for fact in less.facts]
     with tracked(config, folder) as wandb:

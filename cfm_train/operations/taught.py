@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from cfm_train.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from cfm_train.backbone.load import Backbone
     from cfm_train.bricks.fact_gate import Encoder
     from cfm_train.data.encode import Encoded
@@ -116,7 +118,14 @@ def new_brick(
     reseed(config["seed"], "brick")
     brick: Any = make_brick(config["brick"])
     brick.for_facts([fact.taught() for fact in facts])
-    return (brick.read(encoder) if brick.shared else brick).build(backbone)
+    return (brick.read(encoder, given(facts)) if brick.shared else brick).build(backbone)
+
+
+def given(facts: Sequence[Fact]) -> Tensor | None:
+    """The vectors that come with facts, ``[facts, width]`` float32; None where none do."""
+    import torch
+
+    return torch.tensor([fact.vector for fact in facts]) if facts[0].vector else None
 
 
 def in_groups(

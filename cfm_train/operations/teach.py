@@ -60,11 +60,22 @@ def check(config: dict[str, Any]) -> Inputs:
             f"{', '.join(known[:-1])} or {known[-1]}."
         )
     backbone = resolve(config["backbone"])
-    encoder = None
-    read = config["brick"]["kind"] in kinds("bricks", "ByVector")
-    if read or config["gate"]["kind"] == "encoder":
-        encoder = resolve(config["sentence_encoder"], "sentence_encoder")
     facts = read_facts(config["data"]["facts"], limit=config["data"]["limit"])
+    reads = config["brick"].get("told") == "vector"
+    if reads and not facts[0].vector:
+        raise UserError(
+            f"brick.told=vector: {facts[0].at} has no column 'vector': add it, or set "
+            "brick.told=answer."
+        )
+    if facts[0].vector and not reads:
+        raise UserError(
+            f"{facts[0].at}: the column 'vector' is read by brick=map brick.told=vector alone: set "
+            "them, or take the column out."
+        )
+    encoder = None
+    encodes = config["brick"]["kind"] in kinds("bricks", "ByVector") and not reads
+    if encodes or config["gate"]["kind"] == "encoder":
+        encoder = resolve(config["sentence_encoder"], "sentence_encoder")
     unrelated = read_text(config["data"]["unrelated"])
     library = Library(config["library"])
     library.check_writable()

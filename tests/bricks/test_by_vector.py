@@ -260,6 +260,21 @@ def test_what_it_is_computed_from_must_be_there(kind: str) -> None:
         type(brick).restore(interface, {"brick.safetensors": save({"x": torch.ones(1)})}, backbone)
 
 
+def test_a_map_of_vectors_that_are_given() -> None:
+    """They are brought to unit length, no encoder is asked for, and more can be added."""
+    backbone, given = tiny("llama"), torch.tensor([[3.0, 4, 0], [0, 0, 2], [1, 2, 2]])
+    brick: Any = Map(tokens=1, told="vector").for_facts(FACTS).read(None, given).build(backbone)
+    randomise(brick, scale=0.1)
+    brick.eval().requires_grad_(False)
+    unit = torch.tensor([[0.6, 0.8, 0], [0, 0, 1], [1 / 3, 2 / 3, 2 / 3]])
+    torch.testing.assert_close(brick.vectors[:, 0].float(), unit, atol=1e-3, rtol=0)
+    assert brick.needs() == [] and brick.interface()["width"] == 3
+    again = Map.restore(json.loads(json.dumps(brick.interface())), brick.files(), backbone)
+    more = again.with_more([NEW], None, backbone, torch.tensor([[0.0, 5, 0]]))
+    assert torch.equal(more.vectors[:3], brick.vectors)
+    assert more.vectors[3, 0].tolist() == [0, 1, 0]
+
+
 def test_maps_start_as_they_should() -> None:
     """A new map changes nothing; new rows are those of random tokens, whatever the fact."""
     backbone = tiny("llama")
