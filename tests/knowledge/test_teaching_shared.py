@@ -49,6 +49,7 @@ def test_a_plain_loop_comes_to_the_same(kind: str) -> None:
         backbone, ours, TOLD, SETTINGS, learning_rate=1e-3, front=[], seed=0, gated=True
     )
     parameters = list(plain.parameters())
+    start = {name: value.detach().clone() for name, value in plain.named_parameters()}
     first, second = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
     for step in range(1, 7):
         losses = []
@@ -71,7 +72,10 @@ def test_a_plain_loop_comes_to_the_same(kind: str) -> None:
                 step_size = 1e-3 * schedule(step, 6)
                 p -= step_size * (m / (1 - 0.9**step)) / ((v / (1 - 0.95**step)).sqrt() + 1e-7)
     for name, value in ours.named_parameters():
-        torch.testing.assert_close(value, plain.get_parameter(name), atol=2e-5, rtol=0)
+        # Adam makes a step of any gradient's rounding where the gradient is next to nothing.
+        apart = (value - plain.get_parameter(name)).abs()
+        assert float(apart.mean()) < 1e-5 and float(apart.max()) < 1e-3, name
+        assert (value - start[name]).abs().max() > 4e-3, name
     assert found.steps == [6, 6, 6] and found.losses[0] == pytest.approx(
         float(torch.stack(losses[:2]).mean()), abs=1e-3
     )
