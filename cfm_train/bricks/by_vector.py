@@ -5,7 +5,7 @@
 
 So a fact is as large as its vectors, and one is added (`with_more`) or taken out (`only`) without
 training, as in KBLaM (Wang et al. 2024, arXiv 2410.10450). Vectors are made once and lie in the
-brick; before the map they are centred on the mean of what was taught, and scaled to unit variance.
+brick; before the map they are centred on the mean of what was taught, and scaled by its deviation.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class ByVector:
     Attributes:
         vectors: ``[facts, parts, width]`` float16, a buffer; what `parts` names, for each fact.
         mean: ``[parts, width]`` float32, a buffer: the mean vector of what was taught.
+        spread: ``[parts]`` float32, a buffer: the deviation of what was taught from its mean.
         encoder: the encoder's ``backbone`` section and ``fingerprint``; None where vectors are
             given with the facts.
     """
@@ -43,6 +44,7 @@ class ByVector:
 
     vectors: Tensor
     mean: Tensor
+    spread: Tensor
     encoder: dict[str, Any] | None
 
     def parts(self) -> tuple[str, ...]:
@@ -57,7 +59,11 @@ class ByVector:
             given: ``[facts, width]``, the vectors that come with them; brought to unit length.
         """
         vectors = self._encode(cast(Any, self).facts, encoder, given)
-        self._hold(vectors, vectors.float().mean(0))
+        mean = vectors.float().mean(0)
+        spread = (vectors.float() - mean).square().mean((0, 2)).sqrt()
+        # One fact deviates from nothing.
+        spread = torch.where(spread > 0, spread, torch.tensor(vectors.shape[-1] ** -0.5))
+        self._hold(vectors, mean, spread)
         self.encoder = None
         if encoder is not None and given is None:
             self.encoder = {"section": encoder.section, "fingerprint": encoder.fingerprint}
@@ -72,10 +78,11 @@ class ByVector:
         texts = [words(fact, part) for fact in facts for part in self.parts()]
         return encoder.encode(texts).unflatten(0, (len(facts), -1)).half()
 
-    def _hold(self, vectors: Tensor, mean: Tensor) -> None:
+    def _hold(self, vectors: Tensor, mean: Tensor, spread: Tensor) -> None:
         own = cast(nn.Module, self)
         own.register_buffer("vectors", vectors.clone())
         own.register_buffer("mean", mean.clone())
+        own.register_buffer("spread", spread.clone())
 
     def width(self) -> int:
         """The width of a vector.
@@ -97,14 +104,14 @@ class ByVector:
         Raises:
             UserError: they are missing, or are not one for each fact.
         """
-        if not {"vectors", "mean"} <= set(tensors) or "encoder" not in interface:
+        if not {"vectors", "mean", "spread"} <= set(tensors) or "encoder" not in interface:
             raise UserError("The facts of the brick have no vectors: teach them again.")
         if len(tensors["vectors"]) != len(interface["facts"]):
             raise UserError(
                 f"The brick has {len(interface['facts'])} facts and {len(tensors['vectors'])} "
                 "vectors: teach them again."
             )
-        self._hold(tensors["vectors"], tensors["mean"])
+        self._hold(tensors["vectors"], tensors["mean"], tensors["spread"])
         self.encoder = interface["encoder"]
 
     def stacked(self) -> set[str]:
@@ -123,7 +130,7 @@ class ByVector:
             facts: numbers of facts; None for all.
         """
         vectors = self.vectors[:, part] if facts is None else self.vectors[facts, part]
-        entries = (vectors.float() - self.mean[part]) * vectors.shape[-1] ** 0.5
+        entries = (vectors.float() - self.mean[part]) / self.spread[part]
         if cast(nn.Module, self).training:
             return cast(Tensor, affine(entries))
         return torch.cat([affine(one) for one in entries.split(1)])

@@ -144,7 +144,8 @@ def entry(brick: Any, fact: int, part: int) -> Tensor:
     text = {"prompt": "{prompt}", "answer": "{answer}", "statement": "{prompt} {answer}."}
     words = text[brick.parts()[part]]
     vectors = encoder().encode([words.format(**one) for one in FACTS]).half().float()
-    return (vectors[fact] - vectors.mean(0)) * vectors.shape[1] ** 0.5
+    deviation = (vectors - vectors.mean(0)).double().square().mean().sqrt().float()
+    return (vectors[fact] - vectors.mean(0)) / deviation
 
 
 def test_rows_are_keys_and_values_of_a_plain_cache() -> None:

@@ -75,7 +75,7 @@ def test_a_plain_loop_comes_to_the_same(kind: str) -> None:
         # Adam makes a step of any gradient's rounding where the gradient is next to nothing.
         apart = (value - plain.get_parameter(name)).abs()
         assert float(apart.mean()) < 1e-5 and float(apart.max()) < 1e-3, name
-        assert (value - start[name]).abs().max() > 4e-3, name
+        assert (value - start[name]).abs().max() > 3e-3, name
     assert found.steps == [6, 6, 6] and found.losses[0] == pytest.approx(
         float(torch.stack(losses[:2]).mean()), abs=1e-3
     )
