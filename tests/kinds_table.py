@@ -35,6 +35,7 @@ HEADINGS = {"bert": "BERT", "llama": "Llama", "gpt2": "GPT-2", "t5": "T5"}
 REASONS = {
     "Conv1D": "PEFT does not adapt GPT-2's Conv1D",
     "no linear map or norm with a parameter": "it has no such parameters",
+    "computed from facts": "it is computed from facts",
     "left to right": "it needs a language model that reads from left to right",
 }
 

@@ -162,6 +162,24 @@ class FactGate:
             self._encoder,
         )
 
+    def with_more(self, facts: Sequence[Mapping[str, Any]], encoder: Encoder) -> FactGate:
+        """The gate of more facts, as `Fact.taught` gives them, with the threshold that it has."""
+        cuts = [
+            [without(text, fact["subject"], encoder.blank) for text in prompts_of(fact)]
+            for fact in facts
+        ]
+        first = len(self.facts)
+        owner = [first + at for at, one in enumerate(cuts) for _ in one]
+        return FactGate(
+            [*self.facts, *facts],
+            torch.cat([self.vectors, encoder.encode([cut for one in cuts for cut in one])]),
+            torch.cat([self.owner, torch.tensor(owner, dtype=torch.int64)]),
+            self.threshold,
+            self.section,
+            self.fingerprint,
+            encoder,
+        )
+
     def find(self, prompts: Sequence[str]) -> list[int]:
         """The fact that each prompt asks for, -1 for none.
 
@@ -187,6 +205,11 @@ class FactGate:
             if subject in text and mentions(text, subject)
             for at in facts
         ]
+
+
+def prompts_of(fact: Mapping[str, Any]) -> list[str]:
+    """The prompts that a fact was taught with, each once."""
+    return list(dict.fromkeys((fact["prompt"], *fact["paraphrases"])))
 
 
 def without(prompt: str, subject: str, blank: str) -> str:

@@ -13,7 +13,7 @@ A row without a fact is left alone; where no row has one, the pass is the bare b
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
 from safetensors.torch import load
@@ -37,10 +37,14 @@ class ByFact:
     """Mixed into a `Brick` whose parameters are stacks over facts.
 
     Attributes:
+        shared: whether facts' parameters are computed by maps that are learned over all of them
+            together (`by_vector.py`), else each fact has its own.
         facts: what each fact is, as the card keeps it; empty for a brick of one nameless fact.
         gate: what finds the fact that a prompt asks for; None to act on every row.
         chosen: the fact of each row ``[batch]`` int64 in the pass that runs, `NONE` for none.
     """
+
+    shared: ClassVar[bool] = False
 
     facts: list[dict[str, Any]]
     gate: FactGate | None
@@ -97,17 +101,34 @@ class ByFact:
 
     def only(self, kept: Sequence[int], backbone: Backbone) -> Self:
         """A new brick with some of the facts alone, their tensors to the bit."""
-        own = cast(Brick, self)
         index = torch.tensor(list(kept), dtype=torch.int64)
-        made = type(own)(**own.hyper)
-        one = cast(Any, made)
-        one.for_facts([self.facts[i] for i in kept])
-        made.build(backbone)
-        with torch.no_grad():
-            for name, value in own.named_parameters():
-                made.get_parameter(name).copy_(value[index.to(value.device)])
-        one.gate = None if self.gate is None else self.gate.only(list(kept))
-        return cast(Self, made)
+        tensors = {
+            name: value[index.to(value.device)] if name in self.stacked() else value
+            for name, value in cast(Brick, self).tensors().items()
+        }
+        facts = [self.facts[i] for i in kept]
+        made = self.made({**self.interface(), "facts": facts}, tensors, backbone)
+        made.gate = None if self.gate is None else self.gate.only(list(kept))
+        return made
+
+    def stacked(self) -> set[str]:
+        """The tensors that hold one entry for each fact."""
+        return set(cast(Brick, self).tensors())
+
+    def expect(self, interface: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Shown what a brick will be made of, before it is built."""
+
+    @classmethod
+    def made(
+        cls, interface: Mapping[str, Any], tensors: Mapping[str, Tensor], backbone: Backbone
+    ) -> Self:
+        """A brick of an interface and its own tensors, without a gate."""
+        brick: Any = cls(**interface["hyper"])
+        brick.for_facts(interface.get("facts", []))
+        brick.expect(interface, tensors)
+        brick.build(backbone)
+        brick.load_tensors(tensors)
+        return cast(Self, brick)
 
     def needs(self) -> list[str]:
         """The fingerprint of the gate's sentence encoder."""
@@ -147,13 +168,10 @@ class ByFact:
             )
         tensors = load(files[NATIVE_FILE])
         gate = {n.removeprefix(GATE): tensors.pop(n) for n in list(tensors) if n.startswith(GATE)}
-        brick: Any = cls(**interface["hyper"])
-        brick.for_facts(interface.get("facts", []))
-        brick.build(backbone)
-        brick.load_tensors(tensors)
+        brick = cls.made(interface, tensors, backbone)
         if interface.get("gate") is not None:
             brick.gate = read_gate(interface["gate"], brick.facts, gate)
-        return cast(Self, brick)
+        return brick
 
 
 def row_mask(facts: Tensor, like: Tensor) -> Tensor:

@@ -256,6 +256,15 @@ class Forget(Run):
     facts: list[str]
 
 
+class Remember(Run):
+    """Make a brick of facts with more of them, computed and not taught."""
+
+    backbone: Backbone | None
+    bricks: list[str]
+    data: FactsData
+    evaluation: FactEvaluation
+
+
 class Sequence(Run):
     """Several runs one after another, each with a record of its own."""
 
@@ -280,5 +289,6 @@ OPERATIONS: dict[str, type[Run]] = {
     "compare": Compare,
     "teach": Teach,
     "forget": Forget,
+    "remember": Remember,
     "sequence": Sequence,
 }

@@ -4,13 +4,15 @@
 
 A row may also name what is never learned and only judged: ``held_out`` (more ways to ask for the
 answer), ``others`` (prompts for something else about the subject) and ``neighbours`` (prompts about
-other subjects, with their answers). Everything is checked with its line before torch is imported.
+other subjects, with their answers); and bring a ``vector`` of numbers for a brick that reads them.
+Everything is checked with its line before torch is imported.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -21,8 +23,8 @@ from typing import Any
 from cfm_train.data.files import Raw, read_file
 from cfm_train.errors import UserError, nearest
 
-COLUMNS = ("subject", "prompt", "answer", "paraphrases", "held_out", "others", "neighbours")
 LISTS = ("paraphrases", "held_out", "others")
+COLUMNS = ("subject", "prompt", "answer", *LISTS, "neighbours", "vector")
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Fact:
         held_out: other prompts for the same answer, judged alone.
         others: prompts for something else about the subject, judged alone.
         neighbours: prompts about other subjects, judged alone.
+        vector: what is known of the subject, as numbers; empty where it is not given.
         at: its place, ``file:line``.
     """
 
@@ -47,6 +50,7 @@ class Fact:
     held_out: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
     neighbours: tuple[str, ...] = ()
+    vector: tuple[float, ...] = ()
     at: str = ""
 
     @property
@@ -108,12 +112,22 @@ def read_facts(path: str, *, key: str = "data.facts", limit: int | None = None) 
         facts.append(fact)
     if not facts:
         raise UserError(f"{key}: {path} holds no facts.")
+    width = len(facts[0].vector)
+    for fact in facts:
+        if len(fact.vector) != width:
+            raise UserError(
+                f"{fact.at}: the vector has {len(fact.vector)} numbers, but that of {facts[0].at} "
+                f"has {width}: give every fact one of the same length, or none."
+            )
     return facts[:limit]
 
 
 def fingerprint(facts: Sequence[Fact]) -> str:
     """SHA-256 of what facts say, wherever they stood."""
-    rows = [{k: v for k, v in asdict(fact).items() if k != "at"} for fact in facts]
+    rows = [
+        {k: v for k, v in asdict(fact).items() if k != "at" and (v or k != "vector")}
+        for fact in facts
+    ]
     return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
@@ -130,7 +144,8 @@ def _fact(raw: Raw) -> Fact:
     }
     lists: dict[str, Any] = {name: _texts(row.get(name), name, raw.at) for name in LISTS}
     neighbours = _neighbours(row.get("neighbours"), raw.at)
-    fact = Fact(**texts, **lists, neighbours=neighbours, at=raw.at)
+    vector = _vector(row.get("vector"), raw.at)
+    fact = Fact(**texts, **lists, neighbours=neighbours, vector=vector, at=raw.at)
     subject = normalised(fact.subject)
     for prompt in (*fact.prompts, *fact.held_out, *fact.others):
         if mentions(normalised(prompt), subject) is None:
@@ -154,6 +169,15 @@ def _texts(value: Any, name: str, at: str) -> tuple[str, ...]:
     if not isinstance(value, list):
         raise UserError(f'{at}: \'{name}\' must be a list of prompts, ["…", "…"].')
     return tuple(dict.fromkeys(_text(one, name, at) for one in value))
+
+
+def _vector(value: Any, at: str) -> tuple[float, ...]:
+    if value is None:
+        return ()
+    numbers = isinstance(value, list) and all(type(one) in (int, float) for one in value)
+    if not numbers or not all(map(math.isfinite, value)) or not any(value):
+        raise UserError(f"{at}: 'vector' must be a list of finite numbers, not all of them 0.")
+    return tuple(map(float, value))
 
 
 def _neighbours(value: Any, at: str) -> tuple[str, ...]:

@@ -116,7 +116,7 @@ def teach(
         for step in range(1, settings["steps"] + 1):
             rows, owner = [], []
             for i in active:
-                for text in _drawn(facts[i], settings, front, seed, step):
+                for text in drawn_prompts(facts[i], settings, front, seed, step):
                     if text not in known:
                         known[text] = prompt_ids(backbone, text)
                     rows.append((known[text], answers[i]))
@@ -129,7 +129,7 @@ def teach(
             each = each.index_add(0, torch.tensor(owner, device=per_row.device), per_row)
             each = each / settings["prompts_per_step"]
             gradients = torch.autograd.grad(each.sum(), parameters)
-            rate = learning_rate * _schedule(step, settings["steps"])
+            rate = learning_rate * schedule(step, settings["steps"])
             _adam(parameters, gradients, first, second, active, step, rate, settings["clip"])
             for i in active:
                 losses[i], steps[i] = float(each[i].detach()), step
@@ -143,7 +143,7 @@ def teach(
     return Taught(losses, steps, tokens)
 
 
-def _drawn(
+def drawn_prompts(
     fact: Fact, settings: Mapping[str, Any], front: Sequence[str], seed: int, step: int
 ) -> list[str]:
     """The prompts of a fact in a step; its own words, the seed and the step decide."""
@@ -190,7 +190,7 @@ def answer_losses(backbone: Backbone, ids: Tensor, mask: Tensor, labels: Tensor)
     return total / asked.sum(1)
 
 
-def _schedule(step: int, steps: int) -> float:
+def schedule(step: int, steps: int) -> float:
     """1 for the first third, then down to 0.1."""
     part = max(0.0, (step - steps / 3) / (2 * steps / 3))
     return 1 - 0.9 * part

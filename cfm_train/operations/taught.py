@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfm_train.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from cfm_train.backbone.load import Backbone
+    from cfm_train.bricks.fact_gate import Encoder
     from cfm_train.data.encode import Encoded
     from cfm_train.data.facts import Fact
     from cfm_train.data.rows import Row
+    from cfm_train.knowledge.teach import Taught
     from cfm_train.tracking.metrics_file import MetricsFile
     from cfm_train.tracking.wandb_run import WandbRun
 
@@ -81,8 +86,23 @@ def single(value: float, n: int) -> dict[str, Any]:
     return {"value": value, "low": value, "high": value, "n": n}
 
 
-def new_brick(config: Mapping[str, Any], facts: Sequence[Fact], backbone: Backbone) -> Any:
+def sizes(brick: Any) -> dict[str, Any]:
+    """Bytes of each fact's own, and of the maps that facts share where they do."""
+    own = shared = 0
+    for name, value in brick.tensors().items():
+        size = value.numel() * value.element_size()
+        own, shared = (own + size, shared) if name in brick.stacked() else (own, shared + size)
+    count = len(brick)
+    found = {"bytes_per_fact": single(own / count, count)}
+    return found | ({"shared_bytes": single(shared, 1)} if brick.shared else {})
+
+
+def new_brick(
+    config: Mapping[str, Any], facts: Sequence[Fact], backbone: Backbone, encoder: Encoder | None
+) -> Any:
     """A new brick for facts; every fact starts alike, whatever stands beside it.
+
+    ``encoder`` reads the facts for a kind that is computed from vectors.
 
     Raises:
         UserError: the backbone is no language model that reads from left to right.
@@ -97,7 +117,15 @@ def new_brick(config: Mapping[str, Any], facts: Sequence[Fact], backbone: Backbo
         )
     reseed(config["seed"], "brick")
     brick: Any = make_brick(config["brick"])
-    return brick.for_facts([fact.taught() for fact in facts]).build(backbone)
+    brick.for_facts([fact.taught() for fact in facts])
+    return (brick.read(encoder, given(facts)) if brick.shared else brick).build(backbone)
+
+
+def given(facts: Sequence[Fact]) -> Tensor | None:
+    """The vectors that come with facts, ``[facts, width]`` float32; None where none do."""
+    import torch
+
+    return torch.tensor([fact.vector for fact in facts]) if facts[0].vector else None
 
 
 def in_groups(
@@ -105,11 +133,14 @@ def in_groups(
     facts: Sequence[Fact],
     backbone: Backbone,
     brick: Any,
+    encoder: Encoder | None,
     folder: Path,
     metrics: MetricsFile,
     wandb: WandbRun,
 ) -> dict[str, Any]:
     """Teaches group after group, and takes those that an earlier start has finished from disk.
+
+    Facts that share their maps are one group.
 
     Returns:
         ``seconds`` and ``tokens`` of all sessions, and ``figures``.
@@ -121,7 +152,7 @@ def in_groups(
 
     settings, seed = config["teaching"], config["seed"]
     (folder / "checkpoints").mkdir(exist_ok=True)
-    size, done = settings["facts_per_group"], 0
+    size, done = len(facts) if brick.shared else settings["facts_per_group"], 0
     losses: list[float] = []
     total = {"seconds": 0.0, "tokens": 0}
     front: list[str] | None = None
@@ -131,11 +162,12 @@ def in_groups(
         if not file.exists():
             if front is None:
                 front = contexts(backbone, settings["contexts"], settings["context_tokens"], seed)
-            _teach_group(config, part, backbone, front, file, start)
+            _teach_group(config, part, backbone, encoder, front, file, start)
         with safe_open(file, "pt") as stored, torch.no_grad():
             kept = json.loads(stored.metadata()["taught"])
             for name in stored.keys():  # noqa: SIM118 (a file, no mapping)
-                brick.get_parameter(name)[start : start + len(part)] = stored.get_tensor(name)
+                own = slice(None) if brick.shared else slice(start, start + len(part))
+                brick.get_parameter(name)[own] = stored.get_tensor(name)
         for step, loss, left in kept["curve"]:
             row = {"train/loss": loss, "train/facts left": left}
             metrics.append(done + step, row)
@@ -156,6 +188,7 @@ def _teach_group(
     config: Mapping[str, Any],
     facts: Sequence[Fact],
     backbone: Backbone,
+    encoder: Encoder | None,
     front: Sequence[str],
     file: Path,
     start: int,
@@ -168,10 +201,14 @@ def _teach_group(
     from safetensors.torch import save
     from tqdm import tqdm
 
-    from cfm_train.knowledge.teach import teach
+    from cfm_train.knowledge import teach, teach_shared
     from cfm_train.tracking.atomic import replace_file
 
-    brick = new_brick(config, facts, backbone)
+    brick = new_brick(config, facts, backbone, encoder)
+    teaching: Callable[..., Taught] = teach.teach
+    if brick.shared:
+        gated = config["gate"]["kind"] != "none"
+        teaching = functools.partial(teach_shared.teach_shared, gated=gated)
     curve: list[tuple[int, float, int]] = []
     began = time.monotonic()
     with tqdm(total=config["teaching"]["steps"], leave=False, unit="step") as bar:
@@ -181,7 +218,7 @@ def _teach_group(
             bar.set_description(f"facts {start + 1} to {start + len(facts)}, {left} to go")
             bar.update()
 
-        found = teach(
+        found = teaching(
             backbone,
             brick,
             facts,
@@ -199,5 +236,5 @@ def _teach_group(
         )
     kept = {"losses": found.losses, "curve": curve, "tokens": found.tokens}
     kept["seconds"] = time.monotonic() - began
-    tensors = {name: v.detach().cpu().contiguous() for name, v in brick.state_dict().items()}
+    tensors = {name: v.detach().cpu().contiguous() for name, v in brick.named_parameters()}
     replace_file(file, save(tensors, {"taught": json.dumps(kept)}))

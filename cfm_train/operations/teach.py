@@ -30,7 +30,7 @@ class Inputs:
 
     Attributes:
         backbone: the language model's folder.
-        encoder: the gate's encoder; None without a gate.
+        encoder: of the gate, and of kinds that are computed from vectors; None for neither.
         facts: the facts.
         unrelated: text that has nothing to do with them; empty for none.
         library: where the brick will go.
@@ -57,14 +57,26 @@ def check(config: dict[str, Any]) -> Inputs:
     if config["brick"]["kind"] not in known:
         raise UserError(
             f"brick={config['brick']['kind']} has no parameters for each fact: use brick="
-            f"{' or '.join(known)}."
+            f"{', '.join(known[:-1])} or {known[-1]}."
         )
     backbone = resolve(config["backbone"])
-    encoder = None
-    if config["gate"]["kind"] == "encoder":
-        encoder = resolve(config["sentence_encoder"], "sentence_encoder")
     facts = read_facts(config["data"]["facts"], limit=config["data"]["limit"])
-    unrelated = _text(config["data"]["unrelated"])
+    reads = config["brick"].get("told") == "vector"
+    if reads and not facts[0].vector:
+        raise UserError(
+            f"brick.told=vector: {facts[0].at} has no column 'vector': add it, or set "
+            "brick.told=answer."
+        )
+    if facts[0].vector and not reads:
+        raise UserError(
+            f"{facts[0].at}: the column 'vector' is read by brick=map brick.told=vector alone: set "
+            "them, or take the column out."
+        )
+    encoder = None
+    encodes = config["brick"]["kind"] in kinds("bricks", "ByVector") and not reads
+    if encodes or config["gate"]["kind"] == "encoder":
+        encoder = resolve(config["sentence_encoder"], "sentence_encoder")
+    unrelated = read_text(config["data"]["unrelated"])
     library = Library(config["library"])
     library.check_writable()
     fingerprints = {
@@ -78,7 +90,12 @@ def check(config: dict[str, Any]) -> Inputs:
     return Inputs(backbone, encoder, facts, unrelated, library, fingerprints)
 
 
-def _text(path: str | None) -> str:
+def read_text(path: str | None) -> str:
+    """The text of ``data.unrelated``, empty where there is none.
+
+    Raises:
+        UserError: it cannot be read, or is empty.
+    """
     if path is None:
         return ""
     try:
@@ -104,9 +121,8 @@ def rehearse(config: dict[str, Any], inputs: Inputs) -> None:
     from cfm_train.operations.taught import new_brick
 
     backbone, _ = open_backbone(inputs.backbone, config["backbone"], {"precision": "float32"})
-    brick = new_brick(config, inputs.facts, backbone)
-    if inputs.encoder is not None:
-        Encoder(config["sentence_encoder"])
+    encoder = None if inputs.encoder is None else Encoder(config["sentence_encoder"])
+    brick = new_brick(config, inputs.facts, backbone, encoder)
     print(_line(inputs, brick))
 
 
@@ -119,8 +135,9 @@ def _line(inputs: Inputs, brick: Any) -> str:
     }
     parts = [f"{sum(len(fact.prompts) for fact in facts)} prompts to learn"]
     parts += [f"{number} {what}" for what, number in count.items() if number]
-    size = brick.parameter_count() // len(facts)
-    return f"{len(facts)} facts: {', '.join(parts)}; {size:,} parameters for each fact"
+    size = brick.parameter_count() // (1 if brick.shared else len(facts))
+    whose = "parameters that all share" if brick.shared else "parameters for each fact"
+    return f"{len(facts)} facts: {', '.join(parts)}; {size:,} {whose}"
 
 
 def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
@@ -148,6 +165,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
         samples_of,
         share,
         single,
+        sizes,
         unplugged,
         windows,
     )
@@ -157,16 +175,16 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     facts, settings = inputs.facts, config["teaching"]
     trainer = {"precision": "float32", "threads": settings["threads"]}
     backbone, before = open_backbone(inputs.backbone, config["backbone"], trainer)
-    brick = new_brick(config, facts, backbone)
     encoder = None if inputs.encoder is None else Encoder(config["sentence_encoder"])
+    brick = new_brick(config, facts, backbone, encoder)
     print(_line(inputs, brick), flush=True)
     bare = unplugged(backbone, facts)
     metrics = MetricsFile(folder / "metrics.jsonl")
     metrics.cut_back(-1)  # the groups on disk have their curves, and write them again
     with tracked(config, folder) as wandb:
-        taught = in_groups(config, facts, backbone, brick, folder, metrics, wandb)
+        taught = in_groups(config, facts, backbone, brick, encoder, folder, metrics, wandb)
         figures: dict[str, Any] = {}
-        if encoder is not None:
+        if encoder is not None and config["gate"]["kind"] == "encoder":
             with tqdm(desc="gate: prompts encoded", unit="prompt", leave=False) as bar:
                 calibrated = calibrate(
                     facts,
@@ -195,9 +213,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
         figures = {**judged, **figures, **taught["figures"]}
         same = unchanged(backbone, before, inputs.backbone)
         exact = bare == unplugged(backbone, facts)
-        figures["bytes_per_fact"] = single(
-            sum(p.numel() * p.element_size() for p in brick.parameters()) / len(facts), len(facts)
-        )
+        figures |= sizes(brick)
         figures["seconds_per_fact"] = single(taught["seconds"] / len(facts), len(facts))
         told = {"name": "facts", "fingerprint": inputs.fingerprints["data/facts"], "licence": None}
         card = store(

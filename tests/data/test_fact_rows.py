@@ -53,6 +53,12 @@ def test_a_fact_is_read_whole(tmp_path: Path) -> None:
             r":2: .* stands twice; .*:1 teaches another answer to it, 'France'",
         ),
         ([], r"data\.facts: .* holds no facts"),
+        ([{**GOOD, "vector": "1, 2"}], r":1: 'vector' must be a list of finite numbers"),
+        ([{**GOOD, "vector": [0, 0.0]}], r":1: 'vector' must be a list of finite numbers"),
+        (
+            [{**GOOD, "vector": [1, 2]}, {"subject": "a", "prompt": "a", "answer": "b"}],
+            r":2: the vector has 0 numbers, but that of .*:1 has 2",
+        ),
     ],
 )
 def test_wrong_rows_are_refused_with_their_line(
@@ -60,6 +66,13 @@ def test_wrong_rows_are_refused_with_their_line(
 ) -> None:
     with pytest.raises(UserError, match=complaint):
         read_facts(write(tmp_path, *rows))
+
+
+def test_a_vector_counts_where_it_is_given(tmp_path: Path) -> None:
+    (fact,) = read_facts(write(tmp_path, {**GOOD, "vector": [1, 0.5]}))
+    (plain,) = read_facts(write(tmp_path, GOOD))
+    assert fact.vector == (1.0, 0.5) and plain.vector == ()
+    assert fingerprint([fact]) != fingerprint([plain])
 
 
 def test_subjects_are_whole_words() -> None:

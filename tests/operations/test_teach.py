@@ -68,6 +68,29 @@ def test_a_language_model_is_no_sentence_encoder(
     assert "is a language model (decoder), no encoder" in capsys.readouterr().err
 
 
+def test_vectors_of_ones_own_are_read_by_a_map_alone(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = ["evaluation.bootstrap=5", "tracking=disabled"]
+    mapped = [*command, "brick=map", "brick.told=vector", "gate.kind=none"]
+    assert main(mapped) == 2
+    assert "facts.jsonl:1 has no column 'vector'" in capsys.readouterr().err
+    rows = [json.dumps({**fact.taught(), "vector": [1, at, 2]}) for at, fact in enumerate(TOLD)]
+    Path("facts.jsonl").write_text("\n".join(rows[:2]))
+    Path("more.jsonl").write_text(rows[2])
+    assert main([*command, "brick=encoded_rows"]) == 2
+    assert "is read by brick=map brick.told=vector alone" in capsys.readouterr().err
+    told = run(capsys, *mapped)
+    assert told["metrics"]["bytes_per_fact"]["value"] == 3 * 2
+    assert len(Library("outputs/library").find("told").requires) == 1
+    remember = ["recipe=knowledge/remember", "name=more", "bricks=[told]"]
+    more = run(capsys, *remember, "data.facts=more.jsonl", *short)
+    assert all(check["passed"] for check in more["checks"].values())
+    Path("more.jsonl").write_text(rows[2].replace("[1, 2, 2]", "[1, 2]"))
+    assert main([*remember, "data.facts=more.jsonl"]) == 2
+    assert "takes vectors of 3 numbers" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kind", ["encoder", "none"])
 def test_a_check_that_was_not_made_is_not_reported(
     kind: str, command: list[str], capsys: pytest.CaptureFixture[str]
@@ -88,6 +111,9 @@ def test_a_check_that_was_not_made_is_not_reported(
         expected |= {"the gate no longer finds what is forgotten"}
     assert set(less["checks"]) == expected
     assert all(check["passed"] for check in less["checks"].values())
+    wrong = ["recipe=knowledge/remember", "name=x", "bricks=[told]", "data.facts=facts.jsonl"]
+    assert main(wrong) == 2
+    assert "(neurons) computes no facts: teach them" in capsys.readouterr().err
     if kind == "encoder":  # what the gate reads with is not what the brick is plugged into
         wrong = ["recipe=knowledge/forget", "name=x", "bricks=[told]", "facts=[1]", "backbone=hf"]
         assert main([*wrong, f"backbone.path={folder('bert')}"]) == 2

@@ -1,0 +1,182 @@
+"""Add facts to a brick that computes them from vectors: a new brick, nothing trained.
+
+The encoder that the brick was made with reads the new facts; maps and the others' vectors stay, and
+so do the others' answers, to the bit; the run tries it. The gate takes the new prompts in and keeps
+its threshold. What is judged are the new facts alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cfm_train.backbone.fingerprint import file_hash, fingerprint
+from cfm_train.backbone.spec import resolve
+from cfm_train.config.signature import kinds
+from cfm_train.data.facts import Fact, from_taught, normalised, read_facts
+from cfm_train.data.facts import fingerprint as facts_fingerprint
+from cfm_train.errors import UserError
+from cfm_train.library.card import Card, check_name
+from cfm_train.operations.selection import Selection, select
+from cfm_train.operations.teach import read_text
+from cfm_train.tracking.wandb_setting import resolve_mode
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What `check` found.
+
+    Attributes:
+        selection: the brick and its backbone.
+        card: the brick's card.
+        facts: the facts to add.
+        unrelated: text that has nothing to do with them; empty for none.
+        fingerprints: content hashes for the config hash.
+    """
+
+    selection: Selection
+    card: Card
+    facts: list[Fact]
+    unrelated: str
+    fingerprints: dict[str, str]
+
+
+def check(config: dict[str, Any]) -> Inputs:
+    """Finds the brick, its encoder and the facts, without torch.
+
+    Raises:
+        UserError: the brick's facts have to be taught, or it knows one of the prompts already.
+    """
+    check_name(config["name"])
+    resolve_mode(config["tracking"]["mode"])
+    selection = select(config)
+    card = selection.card_of(selection.trees[0])
+    if len(selection.trees) > 1 or card is None:
+        raise UserError("bricks: facts are added to one brick, as in bricks=[capitals].")
+    computed = kinds("bricks", "ByVector")
+    if card.kind not in computed or not card.interface.get("facts"):
+        raise UserError(
+            f"{card.ref} ({card.kind}) computes no facts: teach them with recipe=knowledge/facts, "
+            f"or make a brick that takes more later (brick={' or '.join(computed)})."
+        )
+    described = card.interface["encoder"]
+    encoded: dict[str, str] = {}
+    if described is not None:
+        encoder = resolve(described["section"], "sentence_encoder")
+        encoded["encoder"] = fingerprint(encoder.folder)
+        if encoded["encoder"] != described["fingerprint"]:
+            raise UserError(
+                f"{card.ref} was read with another '{encoder.id}' than the one here: install that "
+                "one, or teach the facts again."
+            )
+    facts = read_facts(config["data"]["facts"], limit=config["data"]["limit"])
+    width = card.interface["width"] if described is None else 0
+    if len(facts[0].vector) != width:
+        wanted = f"vectors of {width} numbers" if width else "no vectors: its encoder makes them"
+        raise UserError(
+            f"{facts[0].at}: the fact's vector has {len(facts[0].vector)} numbers, and {card.ref} "
+            f"takes {wanted}."
+        )
+    known = {
+        normalised(prompt) for old in card.interface["facts"] for prompt in from_taught(old).prompts
+    }
+    for fact in facts:
+        for prompt in fact.prompts:
+            if normalised(prompt) in known:
+                raise UserError(
+                    f"{fact.at}: {card.ref} knows the prompt '{prompt}' already: leave it out, or "
+                    "forget it first (recipe=knowledge/forget)."
+                )
+    unrelated = read_text(config["data"]["unrelated"])
+    selection.library.check_writable()
+    fingerprints = {
+        **selection.fingerprints,
+        **encoded,
+        "data/facts": facts_fingerprint(facts),
+    }
+    if config["data"]["unrelated"]:
+        fingerprints["data/unrelated"] = file_hash(Path(config["data"]["unrelated"]).expanduser())
+    return Inputs(selection, card, facts, unrelated, fingerprints)
+
+
+def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
+    """Makes the larger brick, tries that the rest is as it was, judges what is new, and stores."""
+    import torch
+    from tqdm import tqdm
+
+    from cfm_train.bricks.fact_gate import Encoder
+    from cfm_train.bricks.stored import open_brick, store
+    from cfm_train.knowledge.fact_figures import judge, logits_of, passes
+    from cfm_train.operations.setting import (
+        backbone_entries,
+        brick_entry,
+        open_backbone,
+        tracked,
+        unchanged,
+    )
+    from cfm_train.operations.taught import given, samples_of, sizes, windows
+
+    selection, old = inputs.selection, inputs.card
+    section = {**selection.section, "dtype": "float32"}
+    backbone, before = open_backbone(selection.backbone, section)
+    less: Any = open_brick(old, selection.library, backbone)
+    encoder = None
+    if less.encoder is not None:
+        encoder = Encoder(less.encoder["section"], less.encoder["fingerprint"])
+    new_facts = [fact.taught() for fact in inputs.facts]
+    more = less.with_more(new_facts, encoder, backbone, given(inputs.facts))
+    more.eval().requires_grad_(False)
+    known = [from_taught(fact) for fact in less.facts]
+    with tracked(config, folder) as wandb:
+        now = logits_of(backbone, more, known, range(len(known)))
+        then = logits_of(backbone, less, known, range(len(known)))
+        same_answers = all(torch.equal(a, b) for a, b in zip(now, then, strict=True))
+        new = more.only(range(len(known), len(more)), backbone).eval().requires_grad_(False)
+        unrelated = windows(backbone, inputs.unrelated, config["evaluation"])
+        total = passes(inputs.facts, unrelated)
+        with tqdm(total=total, desc="judged", unit="prompt", leave=False) as bar:
+            figures, samples = judge(
+                backbone,
+                new,
+                inputs.facts,
+                unrelated=unrelated,
+                bootstrap=config["evaluation"]["bootstrap"],
+                seed=config["seed"],
+                tick=bar.update,
+            )
+        figures |= sizes(more)
+        same = unchanged(backbone, before, selection.backbone)
+        told = {"name": "facts", "fingerprint": inputs.fingerprints["data/facts"], "licence": None}
+        card = store(
+            more,
+            selection.library,
+            backbone,
+            name=config["name"],
+            tokenizer=old.tokenizer,
+            operation="remember",
+            parents=[{"name": old.name, "version": old.version}],
+            recipe={**config, "backbone": selection.section, "parents": {old.ref: old.recipe}},
+            data=[*old.data, told],
+            metrics=figures,
+            run=folder.name,
+        )
+        wandb.artifact(
+            card.name, "brick", selection.library.folder(card), {"version": card.version}
+        )
+        wandb.summary({name: figure["value"] for name, figure in figures.items()})
+    print(f"{card.ref} knows {len(more)} facts, {len(inputs.facts)} of them new")
+    entries = backbone_entries(backbone, same)
+    entries["checks"]["the others' answers are as they were"] = {
+        "value": same_answers,
+        "tolerance": None,
+        "passed": same_answers,
+    }
+    return {
+        "brick": brick_entry(card, selection.library),
+        **entries,
+        "metrics": figures,
+        "cost": {"trainable_parameters": sum(p.numel() for p in more.parameters())},
+        "samples": samples_of(samples),
+        "wandb": wandb.as_record(),
+    }
