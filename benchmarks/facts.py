@@ -5,9 +5,13 @@
 ParaRel's ways to ask for a relation are split: the first ones are taught, the last one or two are
 held out; another relation of the subject is asked in the words of some other relation, and a
 neighbour is another subject of the same relation. CounterFact brings its own paraphrase (asked
-only, never taught) and neighbour; its answers are wrong on purpose, so no backbone knows them.
+only, never taught) and neighbour; its answers are wrong on purpose, so no backbone knows them. In
+its second set one more prompt is taught: the words in which CounterFact asks the neighbour.
+Of every brick one fact is forgotten, too, and the others held against what they were.
 Targets: ≥ 95 % exact on taught prompts, ≥ 70 % on held-out patterns, ≤ 5 % of other relations with
 the taught answer, ≥ 95 % of neighbours unchanged, perplexity within 1 %.
+
+The same command again goes on where it stopped: runs that are done are found in ``--out``.
 """
 
 from __future__ import annotations
@@ -17,14 +21,28 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cfm_train.config.catalogue import groups
+
+#: Kind -> the brick of ``conf/brick``, and what else is set.
 KINDS = {
-    "neurons": ["brick=neurons"],
-    "rows": ["brick=rows"],
-    "neurons, no gate": ["brick=neurons", "gate.kind=none"],
+    "neurons": ["neurons"],
+    "lora_facts": ["lora_facts"],
+    "cartridge_facts": ["cartridge_facts"],
+    "rows": ["rows"],
+    "encoded_rows": ["encoded_rows"],
+    "map": ["map"],
+    "neurons, no gate": ["neurons", "gate.kind=none"],
+}
+#: Set -> its title in the table.
+SETS = {
+    "pararel": "ParaRel",
+    "counterfact": "CounterFact",
+    "counterfact-paraphrased": "CounterFact, one paraphrase taught",
 }
 #: Column -> the record's figure.
 COLUMNS = {
@@ -40,6 +58,9 @@ COLUMNS = {
     "bytes": "bytes_per_fact",
     "seconds": "seconds_per_fact",
 }
+#: Column -> the check: of the run that taught, and of the run that forgot one fact.
+CHECKS = {"unplugged": "unplugged equals bare"}
+FORGOTTEN = {"others after deleting one": "the others' answers are as they were"}
 
 
 def pararel(path: Path, count: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -88,68 +109,160 @@ def _ways(patterns: Sequence[str]) -> list[str]:
     )
 
 
-def counterfact(path: Path, count: int) -> list[dict[str, Any]]:
-    """The first facts, each subject once; the paraphrase is held out."""
+def counterfact(path: Path, count: int, *, paraphrased: bool = False) -> list[dict[str, Any]]:
+    """The first facts, each subject once; CounterFact's paraphrase is held out.
+
+    Args:
+        path: the file.
+        count: how many.
+        paraphrased: teach one more prompt, see `_in_other_words`.
+    """
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    more = _in_other_words(rows) if paraphrased else {}
     facts: dict[str, dict[str, Any]] = {}
-    for line in path.read_text("utf-8").splitlines():
-        row = json.loads(line)
+    for at, row in enumerate(rows):
         if len(facts) < count and row["subject"] not in facts:
             facts[row["subject"]] = {
                 "subject": row["subject"],
                 "prompt": row["prompt"],
                 "answer": row["target_new"],
+                "paraphrases": more.get(at, []),
                 "held_out": [row["rephrase_prompt"]],
                 "neighbours": [{"prompt": row["locality_prompt"]}],
             }
     return list(facts.values())
 
 
+def _in_other_words(rows: Sequence[Mapping[str, Any]]) -> dict[int, list[str]]:
+    """Another prompt for the facts of rows: one of the same relation's, none that is held out.
+
+    A row's neighbour is another subject of its relation, so the neighbour's words fit the row's
+    subject. Where they are the row's own, those of other rows that are worded like it stand in,
+    the most frequent first.
+    """
+    own = [row["prompt"].replace(row["subject"], "[X]") for row in rows]
+    ways = sorted(set(own), key=lambda way: (-len(way), way))
+    near = [_way_of(row["locality_prompt"], ways) for row in rows]
+    linked: dict[str, Counter[str]] = {}
+    for way, other in zip(own, near, strict=True):
+        if other is not None:
+            linked.setdefault(way, Counter())[other] += 1
+    found = {}
+    for at, row in enumerate(rows):
+        candidates = [near[at], *(way for way, _ in linked.get(own[at], Counter()).most_common())]
+        fitting = [way.replace("[X]", row["subject"]) for way in candidates if way is not None]
+        found[at] = [
+            prompt
+            for prompt in fitting
+            if prompt != row["prompt"] and not row["rephrase_prompt"].endswith(prompt)
+        ][:1]
+    return found
+
+
+def _way_of(prompt: str, ways: Sequence[str]) -> str | None:
+    """The longest pattern that a prompt may come from; None for none."""
+    for way in ways:
+        head, _, tail = way.partition("[X]")
+        if (
+            len(prompt) > len(head) + len(tail)
+            and prompt.startswith(head)
+            and prompt.endswith(tail)
+        ):
+            return way
+    return None
+
+
+def existing(kinds: Sequence[str]) -> list[str]:
+    """The kinds whose brick is in ``conf/brick``; says which are not."""
+    bricks = groups()["brick"]
+    for kind in kinds:
+        if KINDS[kind][0] not in bricks:
+            print(f"left out: {kind} (there is no conf/brick/{KINDS[kind][0]}.yaml)", flush=True)
+    return [kind for kind in kinds if KINDS[kind][0] in bricks]
+
+
 def arms(
-    options: argparse.Namespace, sets: dict[str, list[dict[str, Any]]]
-) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Runs every kind on every set, and gives its record."""
+    options: argparse.Namespace, sets: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> Iterator[tuple[str, str, dict[str, Any], dict[str, Any]]]:
+    """Runs every kind on every set; gives the records of teaching and of forgetting one fact."""
     options.out.mkdir(parents=True, exist_ok=True)
+    kinds = existing(options.kinds or list(KINDS))
+    shared = [
+        f"outputs={options.out}", f"library={options.out / 'library'}", "tracking=disabled",
+    ]  # fmt: skip
     for name, facts in sets.items():
         file = options.out / f"{name}.jsonl"
         file.write_text("".join(json.dumps(fact) + "\n" for fact in facts), "utf-8")
-        for kind in options.kinds or KINDS:
-            command = [
-                sys.executable, "-m", "cfm_train", "recipe=knowledge/facts", *KINDS[kind],
-                f"name={name}-{kind.replace(', ', '-').replace(' ', '-')}",
+        for kind in kinds:
+            brick, *more = KINDS[kind]
+            told = f"{name}-{kind.replace(', ', '-').replace(' ', '-')}"
+            record = _run(
+                "recipe=knowledge/facts", f"brick={brick}", *more, f"name={told}",
                 f"backbone.path={options.backbone}", f"data.facts={file}",
-                f"data.unrelated={options.unrelated}", f"outputs={options.out}",
-                f"library={options.out / 'library'}", "tracking=disabled", *options.overrides,
-            ]  # fmt: skip
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            record = done.stdout.splitlines()[-1].removeprefix("record: ")
-            yield name, kind, json.loads(Path(record).read_text("utf-8"))
+                f"data.unrelated={options.unrelated}", *shared, *options.overrides,
+            )  # fmt: skip
+            taught = record["brick"]
+            less = _run(
+                "recipe=knowledge/forget", f"name={told}-less",
+                f"bricks=[{taught['name']}@{taught['version']}]", "facts=[0]", *shared,
+            )  # fmt: skip
+            yield name, kind, record, less
 
 
-def row_of(name: str, kind: str, record: dict[str, Any]) -> dict[str, Any]:
-    """A row of the table: the figures that a record has."""
+def _run(*arguments: str) -> dict[str, Any]:
+    """The record of a run, which may have been done before.
+
+    Raises:
+        RuntimeError: the run failed; with what it said.
+    """
+    command = [sys.executable, "-m", "cfm_train", *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}")
+    record = done.stdout.splitlines()[-1].removeprefix("record: ")
+    return json.loads(Path(record).read_text("utf-8"))  # type: ignore[no-any-return]
+
+
+def row_of(
+    name: str, kind: str, record: Mapping[str, Any], less: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A row of the table: the figures that a record has, and whether what must hold does.
+
+    Args:
+        name: of the set.
+        kind: of brick.
+        record: of the run that taught.
+        less: of the run that forgot one fact.
+    """
     metrics = record["metrics"]
     found = {column: metrics[key]["value"] for column, key in COLUMNS.items() if key in metrics}
-    passed = all(check["passed"] for check in record["checks"].values())
-    return {"facts": name, "kind": kind, "n": metrics["bytes_per_fact"]["n"], **found,
-            "checks": passed}  # fmt: skip
+    for columns, checks in ((CHECKS, record["checks"]), (FORGOTTEN, less["checks"])):
+        found |= {c: checks[key]["passed"] for c, key in columns.items() if key in checks}
+    all_checks = [*record["checks"].values(), *less["checks"].values()]
+    passed = all(check["passed"] for check in all_checks)
+    return {"facts": SETS.get(name, name), "kind": kind, "n": metrics["bytes_per_fact"]["n"],
+            **found, "checks": passed}  # fmt: skip
 
 
 def as_markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The table; shares in per cent."""
+    columns = [*COLUMNS, *CHECKS, *FORGOTTEN]
     lines = [
-        "| facts | kind | n | " + " | ".join(COLUMNS) + " |",
-        "|---|---|" + "---:|" * (len(COLUMNS) + 1),
+        "| facts | kind | n | " + " | ".join(columns) + " |",
+        "|---|---|" + "---:|" * (len(columns) + 1),
     ]
     for row in rows:
         cells = [row["facts"], row["kind"], str(row["n"])]
-        cells += [_cell(column, row.get(column)) for column in COLUMNS]
+        cells += [_cell(column, row.get(column)) for column in columns]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _cell(column: str, value: float | None) -> str:
+def _cell(column: str, value: float | bool | None) -> str:
     if value is None:
         return "–"
+    if isinstance(value, bool):
+        return "equal" if value else "NOT EQUAL"
     if column == "perplexity":
         return f"× {value:.4g}"
     if column == "bytes":
@@ -164,18 +277,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--backbone", required=True)
     parser.add_argument("--unrelated", required=True, type=Path)
     parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--sets", nargs="*", default=["pararel", "counterfact"])
+    parser.add_argument("--sets", nargs="*", choices=list(SETS), default=list(SETS))
     parser.add_argument("--kinds", nargs="*", choices=list(KINDS))
     parser.add_argument("--out", type=Path, default=Path("outputs/facts"))
     parser.add_argument("overrides", nargs="*", default=[])
     options = parser.parse_intermixed_args(arguments)
-    makers = {"pararel": pararel, "counterfact": counterfact}
-    sets = {
-        name: makers[name](options.data / f"{name}.jsonl", options.count) for name in options.sets
+    counter = options.data / "counterfact.jsonl"
+    makers = {
+        "pararel": lambda: pararel(options.data / "pararel.jsonl", options.count),
+        "counterfact": lambda: counterfact(counter, options.count),
+        "counterfact-paraphrased": lambda: counterfact(counter, options.count, paraphrased=True),
     }
     rows = []
-    for name, kind, record in arms(options, sets):
-        rows.append(row_of(name, kind, record))
+    for name, kind, record, less in arms(options, {name: makers[name]() for name in options.sets}):
+        rows.append(row_of(name, kind, record, less))
         (options.out / "table.json").write_text(json.dumps(rows, indent=2) + "\n", "utf-8")
         print(as_markdown(rows), flush=True)
 

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from benchmarks.documents import arms_table, kept, together_table
-from benchmarks.facts import _ways, counterfact, pararel, row_of
+from benchmarks.facts import KINDS, _ways, counterfact, existing, pararel, row_of
 from benchmarks.facts import as_markdown as facts_table
 from benchmarks.merge_table import as_markdown
 from benchmarks.merge_table import summary as rules_of
@@ -172,7 +172,31 @@ def test_facts_with_patterns_held_out(shared: Path) -> None:
         assert all("[" not in text for text in learned)
     told = counterfact(shared / "data" / "facts" / "counterfact.jsonl", 5)
     assert [fact["answer"] for fact in told][:2] == ["English", "Islam"]
+    assert not any(fact["paraphrases"] for fact in told)
     assert _ways(["[X] is in [Y] .", "[Y] has [X]", "[X] is in [Y]."]) == ["[X] is in"]
+
+
+def test_a_paraphrase_that_is_taught_is_in_the_words_of_the_relation(shared: Path) -> None:
+    """Nothing else is another than in the plain set, and what is held out stays so."""
+    path = shared / "data" / "facts" / "counterfact.jsonl"
+    plain, told = counterfact(path, 200), counterfact(path, 200, paraphrased=True)
+    assert [{**fact, "paraphrases": []} for fact in told] == plain
+    assert told[0]["paraphrases"] == ["Danielle Darrieux is a native speaker of"]
+    assert sum(len(fact["paraphrases"]) == 1 for fact in told) >= 195
+    for fact in told:
+        for prompt in fact["paraphrases"]:
+            assert fact["subject"] in prompt and prompt != fact["prompt"]
+            assert not fact["held_out"][0].endswith(prompt)
+
+
+def test_kinds_that_are_not_there_are_left_out_with_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(KINDS, "new", ["no_such_brick"])
+    assert existing(["new", "rows"]) == ["rows"]
+    assert capsys.readouterr().out == (
+        "left out: new (there is no conf/brick/no_such_brick.yaml)\n"
+    )
 
 
 def test_the_table_of_facts_shows_what_a_record_has() -> None:
@@ -182,7 +206,10 @@ def test_the_table_of_facts_shows_what_a_record_has() -> None:
         "bytes_per_fact": {**figure, "value": 16416.0},
         "unrelated/perplexity_ratio": {**figure, "value": 1.002},
     }
-    record = {"metrics": metrics, "checks": {"a": {"passed": True}}}
-    line = facts_table([row_of("pararel", "neurons", record)]).splitlines()[-1]
-    assert line.startswith("| pararel | neurons | 200 | 97.0 | – |")
+    record = {"metrics": metrics, "checks": {"unplugged equals bare": {"passed": True}}}
+    less = {"checks": {"the others' answers are as they were": {"passed": False}}}
+    row = row_of("pararel", "neurons", record, less)
+    line = facts_table([row]).splitlines()[-1]
+    assert line.startswith("| ParaRel | neurons | 200 | 97.0 | – |")
     assert "| × 1.002 | 16,416 |" in line
+    assert line.endswith("| equal | NOT EQUAL |") and row["checks"] is False

@@ -351,7 +351,7 @@ def test_no_recipe_is_left_out() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("brick", ["neurons", "rows"])
+@pytest.mark.parametrize("brick", ["neurons", "rows", "lora_facts", "cartridge_facts"])
 def test_facts_are_taught_and_forgotten(
     brick: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -57,28 +57,37 @@ class Rows(ByFact, Brick):
         self.site_names = tuple(site.name for site in sites)
         return self.to(backbone.device)
 
+    @property
+    def width(self) -> int:
+        """How many rows each fact has."""
+        return int(self.hyper["rows"])
+
+    def stacks(self, name: str) -> tuple[Tensor, Tensor]:
+        """Keys and values of a site, ``[facts, width, kv_heads, head_dim]`` each."""
+        key = parameter_name(name)
+        return self.keys[key], self.values[key]
+
     def plugs(self) -> Iterable[KV | Out]:
         """Keys and values for each site, and the plug that decides which fact acts."""
         if self.facts:
             yield self.watch()
         for name in self.site_names:
-            key = parameter_name(name)
+            part = functools.partial(self._flat, name)
             yield KV(
                 name,
-                functools.partial(_flat, self.keys[key]),
-                functools.partial(_flat, self.values[key]),
+                functools.partial(part, 0),
+                functools.partial(part, 1),
                 shift=False,
                 members=self._members if self.facts else None,
             )
 
+    def _flat(self, name: str, which: int) -> Tensor:
+        """The keys (0) or values (1) of a site, fact after fact."""
+        return self.stacks(name)[which].flatten(0, 1)
+
     def _members(self, batch: int) -> Tensor:
-        """Which rows of the stack each row of the batch has, ``[batch, facts * rows]`` bool."""
-        width = self.hyper["rows"]
+        """Which rows of the stack each row of the batch has, ``[batch, facts * width]`` bool."""
         if self.gate is None and self.chosen is None:  # all on every row
-            return torch.ones(batch, len(self) * width, dtype=torch.bool)
+            return torch.ones(batch, len(self) * self.width, dtype=torch.bool)
         own = self.places(batch)[:, None] == torch.arange(len(self))
-        return own.repeat_interleave(width, dim=1)
-
-
-def _flat(stack: Tensor) -> Tensor:
-    return stack.flatten(0, 1)
+        return own.repeat_interleave(self.width, dim=1)

@@ -163,11 +163,12 @@ def in_groups(
             if front is None:
                 front = contexts(backbone, settings["contexts"], settings["context_tokens"], seed)
             _teach_group(config, part, backbone, encoder, front, file, start)
+        own = brick.state_dict()  # shares the brick's memory
         with safe_open(file, "pt") as stored, torch.no_grad():
             kept = json.loads(stored.metadata()["taught"])
+            where = slice(None) if brick.shared else slice(start, start + len(part))
             for name in stored.keys():  # noqa: SIM118 (a file, no mapping)
-                own = slice(None) if brick.shared else slice(start, start + len(part))
-                brick.get_parameter(name)[own] = stored.get_tensor(name)
+                own[name][where] = stored.get_tensor(name)
         for step, loss, left in kept["curve"]:
             row = {"train/loss": loss, "train/facts left": left}
             metrics.append(done + step, row)

@@ -13,6 +13,9 @@ from cfm_train.config.validate import validate
 from cfm_train.knowledge.documents import Documents, read
 from tests.conftest import ROOT
 
+#: Recipes whose bricks are virtual tokens.
+VIRTUAL = ("cartridge", "prefix")
+
 
 def text(paragraphs: int = 24, seed: int = 0) -> str:
     """Paragraphs of 6 to 9 words, none like another; the rule makes a question of each."""
@@ -50,7 +53,7 @@ def command(folder: Path, backbone: Path, recipe: str, *more: str) -> list[str]:
         "evaluation.bootstrap=20",
         "tracking=disabled",
         *(() if recipe == "prefix" else ("trainer.max_steps=2", "trainer.samples=2")),
-        *(() if recipe == "lora" or "brick=lora" in more else ("brick.tokens=8",)),
+        *(("brick.tokens=8",) if recipe in VIRTUAL and "brick=lora" not in more else ()),
         *more,
     ]
 

@@ -20,6 +20,8 @@ from tests.test_recipes_run import run
 RECIPES = {
     "lora": ["objective.keep=0.1", "data.unrelated=other.txt"],
     "cartridge": [],
+    "neurons": ["brick.neurons=4"],
+    "rows": ["brick.rows=8"],
     "prefix": ["data.unrelated=other.txt"],
 }
 

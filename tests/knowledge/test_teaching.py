@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from cfm_train.bricks.brick import Brick
+from cfm_train.bricks.cartridge_facts import CartridgeFacts
 from cfm_train.bricks.fact_gate import Encoder, without
+from cfm_train.bricks.lora_facts import LoraFacts
 from cfm_train.bricks.neurons import Neurons
 from cfm_train.bricks.rows import Rows
 from cfm_train.config.compose import option
@@ -36,7 +38,12 @@ SETTINGS = {
 KINDS: dict[str, Any] = {
     "neurons": lambda: Neurons(neurons=4, activation="gelu", layers=None),
     "rows": lambda: Rows(rows=4, sites=["attn"], layers=None),
+    "lora_facts": lambda: LoraFacts(rank=4, alpha=4, sites=["attn.o", "ffn.down"], layers=None),
+    "cartridge_facts": lambda: CartridgeFacts(tokens=5, frozen=1, sites=["attn"], layers=None),
 }
+#: How near a fact taught alone comes to what it is among others. While B is almost zero, so is A's
+#: gradient, and Adam makes steps of what rounding leaves of it.
+NEAR = {"lora_facts": 1e-4}
 FRONT = ["w30 w31.", "w32 w33 w34."]
 
 
@@ -61,7 +68,7 @@ def test_a_fact_learns_the_same_alone_as_among_others(kind: str) -> None:
         alone = taught(kind, [fact])
         for name, value in alone.named_parameters():
             torch.testing.assert_close(
-                together.get_parameter(name)[at : at + 1], value, atol=1e-5, rtol=0
+                together.get_parameter(name)[at : at + 1], value, atol=NEAR.get(kind, 1e-5), rtol=0
             )
 
 

@@ -44,7 +44,7 @@ sys.exit(main(sys.argv[2:]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("brick", ["neurons", "rows"])
+@pytest.mark.parametrize("brick", ["neurons", "rows", "cartridge_facts"])
 def test_sigkill_changes_nothing(
     brick: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
