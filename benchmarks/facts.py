@@ -198,7 +198,7 @@ def arms(
             told = f"{name}-{kind.replace(', ', '-').replace(' ', '-')}"
             record = _run(
                 "recipe=knowledge/facts", f"brick={brick}", *more, f"name={told}",
-                f"backbone.path={options.backbone}", f"data.facts={file}",
+                "backbone=hf", f"backbone.path={options.backbone}", f"data.facts={file}",
                 f"data.unrelated={options.unrelated}", *shared, *options.overrides,
             )  # fmt: skip
             taught = record["brick"]

@@ -145,6 +145,7 @@ def main() -> None:
         "recipe=modality/align",
         f"name={chosen.task}",
         "backbone=hf",
+        "backbone=hf",
         f"backbone.path={backbone}",
         *encoder,
         f"connector={chosen.connector}",

@@ -126,7 +126,13 @@ def test_a_choice_that_a_recipe_leaves_open_can_be_made() -> None:
 
 def test_a_choice_for_a_section_of_another_name_can_be_made() -> None:
     """``group@section``: the gate's sentence encoder is a backbone too."""
-    base = ["recipe=knowledge/facts", "name=a", "backbone.path=lm", "data.facts=f.jsonl"]
+    base = [
+        "recipe=knowledge/facts",
+        "name=a",
+        "backbone=hf",
+        "backbone.path=lm",
+        "data.facts=f.jsonl",
+    ]
     assert compose(base)["sentence_encoder"]["id"] == "minilm"
     chosen = compose([*base, "backbone@sentence_encoder=hf", "sentence_encoder.path=some/encoder"])
     assert chosen["sentence_encoder"]["path"] == "some/encoder"

@@ -46,6 +46,7 @@ def command(folder: Path, backbone: Path, recipe: str, *more: str) -> list[str]:
     return [
         f"recipe=knowledge/{recipe}",
         "name=handbook",
+        "backbone=hf",
         f"backbone.path={backbone}",
         "data.documents=handbook.txt",
         "data.max_length=24",

@@ -160,7 +160,7 @@ def test_a_document_that_leaves_no_room_is_refused_and_leaves_no_folder(
     ],
 )
 def test_other_kinds_are_taught_as_the_docs_say(more: list[str], sites: list[str] | None) -> None:
-    base = ["recipe=knowledge/lora", "name=a", "backbone.path=x", "data.documents=y"]
+    base = ["recipe=knowledge/lora", "name=a", "data.documents=y"]
     assert config(*base, *more)["brick"].get("sites") == sites
 
 
@@ -175,6 +175,6 @@ def test_other_kinds_are_taught_as_the_docs_say(more: list[str], sites: list[str
     ],
 )
 def test_a_wrong_key_is_a_sentence(override: str, sentence: str) -> None:
-    base: list[Any] = ["recipe=knowledge/lora", "name=a", "backbone.path=x", "data.documents=y"]
+    base: list[Any] = ["recipe=knowledge/lora", "name=a", "data.documents=y"]
     with pytest.raises(UserError, match=sentence):
         config(*base, override)

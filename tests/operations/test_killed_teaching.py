@@ -54,7 +54,7 @@ def test_sigkill_changes_nothing(
     rows = "".join(json.dumps(fact.taught()) + "\n" for fact in TOLD)
     Path("facts.jsonl").write_text(rows)
     command = [
-        "recipe=knowledge/facts", "name=told", f"backbone.path={folder('llama')}",
+        "recipe=knowledge/facts", "name=told", "backbone=hf", f"backbone.path={folder('llama')}",
         f"brick={brick}", "data.facts=facts.jsonl", "teaching.steps=4",
         "teaching.facts_per_group=1", "teaching.contexts=2", "evaluation.bootstrap=20",
     ]  # fmt: skip

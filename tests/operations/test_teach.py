@@ -22,7 +22,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     rows = "".join(json.dumps(fact.taught()) + "\n" for fact in TOLD)
     Path("facts.jsonl").write_text(rows)
     return [
-        "recipe=knowledge/facts", "name=told", f"backbone.path={folder('llama')}",
+        "recipe=knowledge/facts", "name=told", "backbone=hf", f"backbone.path={folder('llama')}",
         "data.facts=facts.jsonl", "teaching.steps=1", "teaching.contexts=0",
         "evaluation.bootstrap=5", "tracking=disabled",
     ]  # fmt: skip
