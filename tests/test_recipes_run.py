@@ -426,7 +426,8 @@ def test_facts_are_taught_together_and_more_are_remembered(
     Path("text.txt").write_text("w50 w51 w52 w53 w54 w55 " * 8)
     short = ["evaluation.bootstrap=20", "evaluation.window_tokens=8", "data.unrelated=text.txt"]
     command = [
-        "recipe=knowledge/map", f"brick={brick}", "name=told", "backbone=hf", f"backbone.path={folder('llama')}",
+        "recipe=knowledge/map", f"brick={brick}", "name=told",
+        "backbone=hf", f"backbone.path={folder('llama')}",
         "data.facts=facts.jsonl", "teaching.steps=2", "teaching.facts_per_group=1",
         "teaching.contexts=2", *short,
     ]  # fmt: skip

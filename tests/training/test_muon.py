@@ -13,8 +13,8 @@ from cfm_train.training.muon import ADAMW_SIZE, MOMENTUM, Muon, hidden_matrices,
 def test_singular_values_come_near_one_and_singular_vectors_stay(shape: tuple[int, int]) -> None:
     matrix = torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = nearly_orthogonal(matrix)
-    U, S, V = torch.linalg.svd(found, full_matrices=False)
-    assert 0.3 < S.min() and S.max() < 1.3
+    sizes = torch.linalg.svdvals(found)
+    assert sizes.min() > 0.3 and sizes.max() < 1.3
     # U V' of the matrix itself, each direction scaled: what the iteration may do and no more.
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
     inner = u.T @ found @ v.T
