@@ -163,7 +163,7 @@ def test_the_share_of_rows_with_text_is_drawn_by_micro_batch(tmp_path: Path) -> 
     """The same for the same seed, and nothing is drawn where the share is 0."""
     backbone = tiny("llama")
     reader = reader_on(backbone, tmp_path)
-    seen = {share: 0 for share in (0.0, 0.3, 1.0)}
+    seen = dict.fromkeys((0.0, 0.3, 1.0), 0)
     for share in seen:
         distil = objective("distill", reader, with_text=share)
         batch = batch_of(distil.train_rows(), range(2))
