@@ -38,6 +38,7 @@ WAYS = {
     "LoRA, lm": ["recipe=knowledge/lora", "objective.keep=0.3"],
     "LoRA, distill": ["recipe=knowledge/lora", "objective=distill", "objective.keep=0.3"],
     "cartridge": ["recipe=knowledge/cartridge"],
+    "cartridge, lm": ["recipe=knowledge/cartridge", "objective=lm"],
     "document": ["recipe=knowledge/prefix"],
 }
 
@@ -80,8 +81,8 @@ def study(
     more = []
     if "recipe=knowledge/prefix" not in given and options.steps:
         more.append(f"trainer.max_steps={options.steps}")
-    if "recipe=knowledge/prefix" in given:
-        more.append("brick.tokens=128")
+    if "recipe=knowledge/lora" not in given:
+        more.append(f"brick.tokens={options.tokens}")
     return run(
         options,
         *given,
@@ -152,8 +153,9 @@ def measured(asked: Mapping[str, Any], bootstrap: int) -> dict[str, Any]:
 def arms_table(records: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
     """The arms of all bricks as Markdown: exact match in percent, nats, gains with intervals."""
     lines = [
-        "| document | brick | bare | text | brick | both | brick − bare | both − text | ppl × |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| document | brick | bare | text | brick | both | brick − bare | both − text | both − text, "
+        "nats | ppl × |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (document, way), arms in records.items():
         by_name = {arm["name"]: arm for arm in arms["arms"]}
@@ -161,11 +163,13 @@ def arms_table(records: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
         shown = [
             f"{100 * arm['exact_match']['value']:.1f} ({arm['loss']['value']:.2f})" for arm in four
         ]
-        gains = {gain["arm"]: gain["exact_match"] for gain in arms["gains"][:2]}
+        gains = {gain["arm"]: gain for gain in arms["gains"][:2]}
         shown += [
             f"{100 * g['value']:+.1f} ({100 * g['low']:.1f} to {100 * g['high']:.1f})"
-            for g in (gains["brick"], gains["both"])
+            for g in (gains[arm]["exact_match"] for arm in ("brick", "both"))
         ]
+        nats = gains["both"]["loss"]
+        shown.append(f"{nats['value']:+.3f} ({nats['low']:.3f} to {nats['high']:.3f})")
         ratio = arms["unrelated"]["perplexity_ratio"]["value"]
         lines.append(f"| {document} | {way} | {' | '.join(shown)} | {ratio:.3f} |")
     return "\n".join(lines)
@@ -201,6 +205,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--characters", type=int, default=20_000, help="of each document")
     parser.add_argument("--steps", type=int, default=0, help="0 for the recipes' own epochs")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=64,
+        help="of a cartridge; with a passage and "
+        "a question behind it no more than the backbone was trained to read",
+    )
     parser.add_argument("--bootstrap", type=int, default=1000)
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--documents", nargs="*", default=list(DOMAINS), choices=list(DOMAINS))
