@@ -153,8 +153,8 @@ def measured(asked: Mapping[str, Any], bootstrap: int) -> dict[str, Any]:
 def arms_table(records: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
     """The arms of all bricks as Markdown: exact match in percent, nats, gains with intervals."""
     lines = [
-        "| document | brick | bare | text | brick | both | brick − bare | both − text | both − text, "
-        "nats | ppl × |",
+        "| document | brick | bare | text | brick | both | brick − bare | both − text | both − "
+        "text, nats | ppl × |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (document, way), arms in records.items():
