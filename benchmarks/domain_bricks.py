@@ -46,10 +46,15 @@ def texts(options: argparse.Namespace, name: str) -> dict[str, Path]:
 
 
 def brick(
-    options: argparse.Namespace, name: str, document: Path, rate: float, *, steps: int, **more: str
+    options: argparse.Namespace,
+    name: str,
+    document: Path,
+    rate: float,
+    *,
+    steps: int,
+    beside: str = "",
 ) -> str:
-    """A LoRA brick of a domain; its name in the library."""
-    beside = more.get("beside", "")
+    """A LoRA brick of a domain, trained alone or beside another; its name in the library."""
     called = f"{name}-{rate:g}-{steps}{'-beside-' + beside[:3] if beside else ''}"
     run(
         options,
