@@ -34,8 +34,6 @@ from benchmarks.domain_bricks import Judge, brick, fine_tuned, texts
 if TYPE_CHECKING:
     import numpy as np
 
-#: Learning rates that are tried, for LoRA and for all weights.
-RATES = {"lora": (2e-3, 5e-3, 1e-2), "full": (5e-4, 1e-3, 2e-3)}
 #: Merges of two bricks, with the numbers that are tried.
 SCALES = (0.6, 0.7, 0.8, 0.9, 1.0)
 MERGES = {
@@ -57,11 +55,11 @@ def tuned_brick(options: argparse.Namespace, judge: Judge, name: str) -> tuple[s
     """A domain's brick at its best rate, and that rate."""
     learnt = judge.files[name]["learnt"]
     tried = {}
-    for rate in RATES["lora"]:
+    for rate in options.lora_rates if len(options.lora_rates) > 1 else ():
         short = brick(options, name, learnt, rate, steps=options.tuning)
         tried[rate] = judge.mean(name, "chosen", [judge.open(short)])
     print(f"{name}, LoRA: " + ", ".join(f"{r:g}: {v:.4f}" for r, v in tried.items()), flush=True)
-    rate = min(tried, key=lambda one: tried[one])
+    rate = min(tried or options.lora_rates, key=lambda one: tried.get(one, 0.0))
     return brick(options, name, learnt, rate, steps=options.steps), rate
 
 
@@ -72,10 +70,10 @@ def tuned_full(options: argparse.Namespace, judge: Judge, name: str) -> dict[str
         return dict(json.loads(kept.read_text(encoding="utf-8")))
     tried = {
         rate: float(fine_tuned(options, judge, name, rate, options.tuning, "chosen"))
-        for rate in RATES["full"]
+        for rate in (options.full_rates if len(options.full_rates) > 1 else ())
     }
     print(f"{name}, full: " + ", ".join(f"{r:g}: {v:.4f}" for r, v in tried.items()), flush=True)
-    rate = min(tried, key=lambda one: tried[one])
+    rate = min(tried or options.full_rates, key=lambda one: tried.get(one, 0.0))
     found = fine_tuned(options, judge, name, rate, options.steps, "judged", rows=True)
     held = {"rate": rate, "nats": found.tolist(), "tried": {f"{r:g}": v for r, v in tried.items()}}
     kept.write_text(json.dumps(held), encoding="utf-8")
@@ -137,6 +135,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--tuning", type=int, default=30, help="steps at each learning rate")
+    parser.add_argument("--lora_rates", type=float, nargs="+", default=[2e-3, 5e-3, 1e-2])
+    parser.add_argument("--full_rates", type=float, nargs="+", default=[5e-4, 1e-3, 2e-3])
     parser.add_argument("--tokens", type=int, default=2048, help="of a step")
     parser.add_argument("--characters", type=int, default=1_000_000, help="that are learnt")
     parser.add_argument("--held", type=int, default=40_000, help="characters that choose")
