@@ -21,6 +21,7 @@ What is trained already is taken from ``--work``.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -65,7 +66,9 @@ def tuned_brick(options: argparse.Namespace, judge: Judge, name: str) -> tuple[s
 
 def tuned_full(options: argparse.Namespace, judge: Judge, name: str) -> dict[str, Any]:
     """All weights trained on a domain at their best rate: what the blocks cost then."""
-    kept = Path(options.work) / f"full-{name}-{options.steps}-{options.tokens}-{options.seed}.json"
+    decides = ("backbone", "seed", "steps", "tuning", "tokens", "characters", "held", "judged")
+    key = "-".join(str(getattr(options, one)) for one in (*decides, "full_rates"))
+    kept = Path(options.work) / f"full-{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
     if kept.is_file():
         return dict(json.loads(kept.read_text(encoding="utf-8")))
     tried = {
