@@ -59,7 +59,7 @@ def tuned_brick(options: argparse.Namespace, judge: Judge, name: str) -> tuple[s
     for rate in options.lora_rates if len(options.lora_rates) > 1 else ():
         short = brick(options, name, learnt, rate, steps=options.tuning)
         tried[rate] = judge.mean(name, "chosen", [judge.open(short)])
-    print(f"{name}, LoRA: " + ", ".join(f"{r:g}: {v:.4f}" for r, v in tried.items()), flush=True)
+    print(f"{name}, LoRA: {told(tried)}", flush=True)
     rate = min(tried or options.lora_rates, key=lambda one: tried.get(one, 0.0))
     return brick(options, name, learnt, rate, steps=options.steps), rate
 
@@ -75,12 +75,19 @@ def tuned_full(options: argparse.Namespace, judge: Judge, name: str) -> dict[str
         rate: float(fine_tuned(options, judge, name, rate, options.tuning, "chosen"))
         for rate in (options.full_rates if len(options.full_rates) > 1 else ())
     }
-    print(f"{name}, full: " + ", ".join(f"{r:g}: {v:.4f}" for r, v in tried.items()), flush=True)
+    print(f"{name}, full: {told(tried)}", flush=True)
     rate = min(tried or options.full_rates, key=lambda one: tried.get(one, 0.0))
     found = fine_tuned(options, judge, name, rate, options.steps, "judged", rows=True)
     held = {"rate": rate, "nats": found.tolist(), "tried": {f"{r:g}": v for r, v in tried.items()}}
     kept.write_text(json.dumps(held), encoding="utf-8")
     return held
+
+
+def told(tried: Mapping[float, float]) -> str:
+    """What each learning rate came to on the text that chooses."""
+    return (
+        ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in tried.items()) or "one rate, not tuned"
+    )
 
 
 def share_of(bare: np.ndarray, found: np.ndarray, whole: np.ndarray, bootstrap: int) -> Any:
@@ -118,8 +125,8 @@ def together(
                 for n in own
             )
         chosen = max(worst, key=lambda one: worst[one])
-        told = chosen.partition("], ")[2].rstrip(")")
-        yield f"{called}{f' ({told})' if told else ''}", [judge.open(chosen)]
+        numbers = chosen.partition("], ")[2].rstrip(")")
+        yield f"{called}{f' ({numbers})' if numbers else ''}", [judge.open(chosen)]
     files = judge.files
     steps = options.steps
     new = brick(options, first, files[first]["learnt"], rate_a, steps=steps, beside=b)
