@@ -6,14 +6,12 @@ Four documents are cut from the validation text of four domains of ``--root``. O
 LoRA brick (language modelling, and context distillation), a cartridge and an encoded document are
 made, and the same cloze questions are asked with the text in the prompt, with the brick, and with
 both. Then cartridges of both are plugged in together, once trained alone (the control) and once
-trained among cartridges of the other two documents (distractor mixing). Two Markdown tables:
+trained among cartridges of the other two documents (distractor mixing). What a brick costs is asked
+of text from five other domains, some of which bricks are held to the bare backbone on (`keep`).
+Two Markdown tables:
 
     arms       exact match of written answers and nats per answer token, with paired gains
     together   what is left of a cartridge's gain over the bare backbone beside the other one
-
-With ``--domains a,b`` a third one: a LoRA brick of each domain against full fine-tuning on as many
-tokens, each at its best learning rate by the loss on text held out of the training file, reported
-on the validation file: the share of full fine-tuning's gain in nats per token.
 
 What is trained already is taken from ``--work``.
 """
@@ -32,15 +30,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 #: The two documents that are judged, and the two whose cartridges are distractors.
 DOMAINS = ("law_dc_code", "medical_abstracts")
 OTHERS = ("wikipedia", "classic_fiction")
+#: Text that has nothing to do with them: a piece of each, and how many characters it has.
+UNRELATED = ("news", "python_code", "math_word_problems", "shakespeare", "wikipedia")
+PIECE = 8_000
 #: How bricks are made of a document.
 WAYS = {
-    "LoRA, lm": ["recipe=knowledge/lora"],
-    "LoRA, distill": ["recipe=knowledge/lora", "objective=distill"],
+    "LoRA, lm": ["recipe=knowledge/lora", "objective.keep=0.3"],
+    "LoRA, distill": ["recipe=knowledge/lora", "objective=distill", "objective.keep=0.3"],
     "cartridge": ["recipe=knowledge/cartridge"],
+    "cartridge, lm": ["recipe=knowledge/cartridge", "objective=lm"],
     "document": ["recipe=knowledge/prefix"],
 }
-#: Learning rates that are tried, for LoRA and for all weights.
-RATES = {"lora": (5e-4, 1e-3, 2e-3, 5e-3), "full": (1e-4, 2e-4, 5e-4, 1e-3)}
 
 
 def run(options: argparse.Namespace, *overrides: str) -> dict[str, Any]:
@@ -63,25 +63,35 @@ def documents(options: argparse.Namespace) -> dict[str, Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(part + "\n", encoding="utf-8")
         found[name] = path
+    rest = []
+    for name in UNRELATED:  # from the end: a distractor's document is the beginning of one of them
+        text = (Path(options.root) / f"{name}.valid.txt").read_text(encoding="utf-8")
+        rest.append(text[-PIECE:].partition("\n")[2])
+    found["unrelated"] = Path(options.work) / "unrelated.txt"
+    found["unrelated"].write_text("\n\n".join(rest), encoding="utf-8")
     return found
 
 
 def study(
-    options: argparse.Namespace, name: str, document: Path, overrides: Iterable[str]
+    options: argparse.Namespace, name: str, files: Mapping[str, Path], way: Iterable[str]
 ) -> dict[str, Any]:
-    """One brick of one document."""
-    given = list(overrides)
-    trained = "recipe=knowledge/prefix" not in given
-    others = Path(options.root) / f"{options.unrelated}.valid.txt"
+    """One brick of one document, called ``<document>-<what it is>``."""
+    given = list(way)
+    document = name.partition("-")[0]
+    more = []
+    if "recipe=knowledge/prefix" not in given and options.steps:
+        more.append(f"trainer.max_steps={options.steps}")
+    if "recipe=knowledge/lora" not in given:
+        more.append(f"brick.tokens={options.tokens}")
     return run(
         options,
         *given,
         f"name={name}",
-        f"data.documents={document}",
-        f"data.unrelated={others}",
+        f"data.documents={files[document]}",
+        f"data.unrelated={files['unrelated']}",
         f"evaluation.bootstrap={options.bootstrap}",
-        *([f"trainer.max_steps={options.steps}"] if trained else []),
-        *([f"brick.tokens={options.tokens}"] if "lora" not in given[0] else []),
+        *more,
+        *options.more,
     )
 
 
@@ -108,32 +118,44 @@ def together(options: argparse.Namespace, names: Sequence[str], document: Path) 
     )
     _, plain = questions_of(reader, "test")
     sets = {"bare": [], "alone": bricks[:1], "together": bricks, "turned": bricks[::-1]}
-    found = {}
-    for name, plugged in sets.items():
-        one = ask(backbone, plain, plugged, generate=True)
-        assert one.exact is not None
-        found[name] = {
-            "loss": float(one.nats.sum() / one.tokens.sum()),
-            "exact_match": float(one.exact.mean()),
-        }
-    return found
+    asked = {name: ask(backbone, plain, plugged, generate=True) for name, plugged in sets.items()}
+    return measured(asked, options.bootstrap)
 
 
-def kept(found: Mapping[str, Mapping[str, float]], metric: str) -> float:
-    """The share of the gain over the bare backbone that is left beside another cartridge.
+def measured(asked: Mapping[str, Any], bootstrap: int) -> dict[str, Any]:
+    """Scores of one cartridge alone and beside the other, and what is kept of its gain.
 
-    The mean of both orders; 1 where nothing is lost, below 0 where it is worse than no brick.
+    ``kept`` is (bare − together) / (bare − alone) in nats, ``score kept`` is together / alone in
+    exact match; ``together`` is the mean of both orders. Intervals are over questions.
     """
-    gain = found["alone"][metric] - found["bare"][metric]
-    both = (found["together"][metric] + found["turned"][metric]) / 2
-    return (both - found["bare"][metric]) / gain if gain else float("nan")
+    import numpy as np
+
+    from cfm_train.evaluation.intervals import intervals
+
+    nats = {name: one.nats for name, one in asked.items()}
+    exact = {name: one.exact for name, one in asked.items()}
+    for held in (nats, exact):
+        held["together"] = (held["together"] + held.pop("turned")) / 2
+    tokens = asked["bare"].tokens
+    statistics: dict[str, Any] = {
+        **{f"{n}/loss": lambda w, v=v: (w @ v) / (w @ tokens) for n, v in nats.items()},
+        **{f"{n}/exact_match": lambda w, v=v: (w @ v) / w.sum(axis=1) for n, v in exact.items()},
+        "kept": lambda w: (
+            (w @ (nats["bare"] - nats["together"])) / (w @ (nats["bare"] - nats["alone"]))
+        ),
+        "score kept": lambda w: (w @ exact["together"]) / np.maximum(w @ exact["alone"], 1e-9),
+    }
+    counts = np.ones(len(tokens), np.int64)
+    found = intervals(statistics, counts, bootstrap=bootstrap, seed=0)
+    return {name: score.as_dict() for name, score in found.items()}
 
 
 def arms_table(records: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
     """The arms of all bricks as Markdown: exact match in percent, nats, gains with intervals."""
     lines = [
-        "| document | brick | bare | text | brick | both | brick − bare | both − text | ppl × |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| document | brick | bare | text | brick | both | brick − bare | both − text | both − "
+        "text, nats | ppl × |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for (document, way), arms in records.items():
         by_name = {arm["name"]: arm for arm in arms["arms"]}
@@ -141,117 +163,36 @@ def arms_table(records: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
         shown = [
             f"{100 * arm['exact_match']['value']:.1f} ({arm['loss']['value']:.2f})" for arm in four
         ]
-        gains = {gain["arm"]: gain["exact_match"] for gain in arms["gains"][:2]}
+        gains = {gain["arm"]: gain for gain in arms["gains"][:2]}
         shown += [
             f"{100 * g['value']:+.1f} ({100 * g['low']:.1f} to {100 * g['high']:.1f})"
-            for g in (gains["brick"], gains["both"])
+            for g in (gains[arm]["exact_match"] for arm in ("brick", "both"))
         ]
+        nats = gains["both"]["loss"]
+        shown.append(f"{nats['value']:+.3f} ({nats['low']:.3f} to {nats['high']:.3f})")
         ratio = arms["unrelated"]["perplexity_ratio"]["value"]
         lines.append(f"| {document} | {way} | {' | '.join(shown)} | {ratio:.3f} |")
     return "\n".join(lines)
 
 
 def together_table(found: Mapping[tuple[str, str], Mapping[str, Mapping[str, float]]]) -> str:
-    """What is left of each cartridge's gain beside the other one, as Markdown."""
+    """What is left of each cartridge's score and gain beside the other one, as Markdown."""
     lines = [
-        "| document | trained | exact match alone | together | kept | kept of the gain in nats |",
-        "|---|---|---|---|---|---|",
+        "| document | trained | exact match (nats) bare | alone | together | score kept | "
+        "kept of the gain in nats |",
+        "|---|---|---|---|---|---|---|",
     ]
     for (document, how), one in found.items():
-        both = (one["together"]["exact_match"] + one["turned"]["exact_match"]) / 2
-        lines.append(
-            f"| {document} | {how} | {100 * one['alone']['exact_match']:.1f} | {100 * both:.1f} | "
-            f"{kept(one, 'exact_match'):.2f} | {kept(one, 'loss'):.2f} |"
-        )
+        shown = [
+            f"{100 * one[f'{n}/exact_match']['value']:.1f} ({one[f'{n}/loss']['value']:.2f})"
+            for n in ("bare", "alone", "together")
+        ]
+        shown += [
+            f"{one[n]['value']:.2f} [{one[n]['low']:.2f}, {one[n]['high']:.2f}]"
+            for n in ("score kept", "kept")
+        ]
+        lines.append(f"| {document} | {how} | {' | '.join(shown)} |")
     return "\n".join(lines)
-
-
-def domain(options: argparse.Namespace, name: str) -> dict[str, float]:
-    """Nats per token on a domain's validation file: bare, with a LoRA brick, fully fine-tuned."""
-    root, rows = Path(options.root), f"trainer.max_steps={options.steps}"
-    data = [f"data.train={root}/{name}.train.txt", f"data.test={root}/{name}.valid.txt"]
-    data.append(f"data.unit={options.unit}")
-    best: dict[str, tuple[float, float]] = {}
-    for rate in RATES["lora"]:
-        record = run(
-            options,
-            "recipe=task/lm",
-            f"name={name}-lora-{rate:g}",
-            *data,
-            rows,
-            f"brick.rank={options.rank}",
-            "brick.sites=[attn.q,attn.k,attn.v,attn.o,ffn.gate,ffn.up,ffn.down]",
-            f"brick.learning_rate={rate}",
-            "data.max_length=256",
-        )
-        folder = Path(options.work) / "runs"
-        chosen = validation_loss(folder, f"{name}-lora-{rate:g}")
-        best["lora"] = min(
-            best.get("lora", (float("inf"), 0.0)), (chosen, record["metrics"]["test/loss"]["value"])
-        )
-    full = [fine_tuned(options, data, rate) for rate in RATES["full"]]
-    bare = full[0]["bare"]
-    best["full"] = min((one["validation"], one["test"]) for one in full)
-    return {
-        "bare": bare,
-        "lora": best["lora"][1],
-        "full": best["full"][1],
-        "share": (bare - best["lora"][1]) / (bare - best["full"][1]),
-    }
-
-
-def validation_loss(runs: Path, name: str) -> float:
-    """The lowest validation loss of a run."""
-    (folder,) = runs.glob(f"*/{name}-*")
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    found = [json.loads(line).get("validation/loss") for line in lines]
-    return min(value for value in found if value is not None)
-
-
-def fine_tuned(options: argparse.Namespace, data: Sequence[str], rate: float) -> dict[str, float]:
-    """Full fine-tuning on the rows and steps of the brick: the backbone itself is trained."""
-    import tempfile
-
-    from cfm_train.backbone.load import load_backbone
-    from cfm_train.backbone.spec import resolve
-    from cfm_train.config.compose import compose, option
-    from cfm_train.data.encode import encode
-    from cfm_train.data.sources import check
-    from cfm_train.evaluation.evaluator import predict
-    from cfm_train.paths import cache_dir
-    from cfm_train.tracking.metrics_file import MetricsFile
-    from cfm_train.tracking.wandb_run import WandbRun
-    from cfm_train.training.checkpoint import read_position
-    from cfm_train.training.fit import fit
-    from cfm_train.training.whole_model import WholeModel
-
-    given = ["recipe=task/lm", "name=full", f"backbone.path={options.backbone}"]
-    section = compose([*given, *data, "data.max_length=256"])["data"]
-    backbone = load_backbone(resolve({"path": str(options.backbone)}), dtype="float32")
-    task = encode(check(section), backbone.tokenizer, cache_dir())
-    assert task.test is not None and task.validation is not None
-    bare = predict(backbone, None, task.spec, task.test).loss()
-    trainer = option("trainer", "default", learning_rate=rate)
-    trainer |= {"max_steps": options.steps, "samples": 0}
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        fit(
-            backbone,
-            WholeModel().build(backbone),
-            {"full": task},
-            trainer,
-            seed=options.seed,
-            mixture=1.0,
-            folder=folder,
-            position=read_position(folder / "checkpoints"),
-            metrics=MetricsFile(folder / "metrics.jsonl"),
-            wandb=WandbRun("disabled", "p", None, "train", [], {}, folder),
-        )
-    return {
-        "bare": bare,
-        "validation": predict(backbone, None, task.spec, task.validation).loss(),
-        "test": predict(backbone, None, task.spec, task.test).loss(),
-    }
 
 
 def main() -> None:
@@ -263,41 +204,42 @@ def main() -> None:
     parser.add_argument("--out", default=None, help="a JSON file for the figures")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--characters", type=int, default=20_000, help="of each document")
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--tokens", type=int, default=128, help="of a cartridge")
+    parser.add_argument("--steps", type=int, default=0, help="0 for the recipes' own epochs")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=64,
+        help="of a cartridge; with a passage and "
+        "a question behind it no more than the backbone was trained to read",
+    )
     parser.add_argument("--bootstrap", type=int, default=1000)
-    parser.add_argument("--unrelated", default="tinystories_sample", help="a domain of its own")
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
-    parser.add_argument("--domains", nargs="*", default=[])
-    parser.add_argument("--unit", default="file", choices=["file", "paragraph", "line"])
-    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--documents", nargs="*", default=list(DOMAINS), choices=list(DOMAINS))
+    parser.add_argument("--alone", action="store_true", help="leave out two cartridges at once")
+    parser.add_argument("--more", nargs="*", default=[], help="overrides of every run")
     options = parser.parse_args()
     files, records, both = documents(options), {}, {}
-    for name in DOMAINS:
+    for name in options.documents:
         for way in options.ways:
-            made = study(options, f"{name}-{way.replace(', ', '-')}", files[name], WAYS[way])
-            records[name, way] = made["arms"]
-    if "cartridge" in options.ways:
+            called = f"{name}-{way.replace(', ', '-')}"
+            records[name, way] = study(options, called, files, WAYS[way])["arms"]
+    if "cartridge" in options.ways and not options.alone:
         for name in OTHERS:
-            study(options, f"{name}-cartridge", files[name], WAYS["cartridge"])
+            study(options, f"{name}-cartridge", files, WAYS["cartridge"])
         others = f"distractors=[{','.join(f'{name}-cartridge' for name in OTHERS)}]"
         for name in DOMAINS:
-            study(options, f"{name}-mixed", files[name], [*WAYS["cartridge"], others])
+            study(options, f"{name}-mixed", files, [*WAYS["cartridge"], others])
         for how, ending in (("alone", "cartridge"), ("among others", "mixed")):
             for one, other in (DOMAINS, DOMAINS[::-1]):
                 names = [f"{one}-{ending}", f"{other}-{ending}"]
                 both[one, how] = together(options, names, files[one])
-    domains = {name: domain(options, name) for name in options.domains}
     print(arms_table(records), "\n")
     if both:
-        print(together_table(both), "\n")
-    for name, one in domains.items():
-        print(f"{name}: {json.dumps({key: round(value, 4) for key, value in one.items()})}")
+        print(together_table(both))
     if options.out:
         figures = {
             "arms": {" / ".join(key): arms for key, arms in records.items()},
             "together": {" / ".join(key): one for key, one in both.items()},
-            "domains": domains,
         }
         Path(options.out).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 

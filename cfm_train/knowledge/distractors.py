@@ -1,8 +1,9 @@
-"""Distractor mixing: other cartridges beside the one that is trained, so that they compose later.
+"""Distractor mixing: other bricks beside the one that is trained, so that they compose later.
 
 Cartridges trained alone fall apart when several are plugged in, for each has only ever been all
 that there is to attend to. With others beside it in training, drawn anew in each micro-batch, it
-learns to be one of many (CAS 2026, arXiv 2606.04557). The others are frozen.
+learns to be one of many (CAS 2026, arXiv 2606.04557). Low-rank updates add up where they meet, and
+one that was trained in the other's company makes up for what the other does. The others are frozen.
 """
 
 from __future__ import annotations

@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from cfm_train.backbone.fingerprint import fingerprint, tokenizer_hash
 from cfm_train.backbone.spec import ResolvedBackbone, resolve
-from cfm_train.config.signature import constants
 from cfm_train.errors import UserError
 from cfm_train.knowledge.documents import Documents, read
-from cfm_train.library import gate
 from cfm_train.library.card import Card, check_name
 from cfm_train.library.store import Library
-from cfm_train.operations import studied, trained
+from cfm_train.operations import lessons, studied, trained
 from cfm_train.tracking.wandb_setting import resolve_mode
 
 if TYPE_CHECKING:
@@ -29,9 +27,6 @@ if TYPE_CHECKING:
     from cfm_train.knowledge.objectives.objective import Learning
     from cfm_train.knowledge.tokens import Reader
 
-#: Kinds that are keys and values in attention, several of which may be plugged in together.
-KEYS_AND_VALUES = ("cartridge", "document", "prefix")
-
 
 @dataclass(frozen=True)
 class Inputs:
@@ -40,7 +35,7 @@ class Inputs:
     Attributes:
         backbone: the backbone's folder and config.
         documents: the documents and their questions.
-        distractors: cards of the other cartridges.
+        distractors: cards of the other bricks.
         library: where the brick will go.
         fingerprints: content hashes for the config hash.
     """
@@ -60,100 +55,17 @@ def check(config: dict[str, Any]) -> Inputs:
     """
     check_name(config["name"])
     resolve_mode(config["tracking"]["mode"])
-    _check_objective(config)
+    lessons.check_objective(config)
     backbone = resolve(config["backbone"])
-    _check_lengths(config, backbone, config["brick"].get("tokens") or 0)
+    lessons.check_lengths(config, backbone, config["brick"].get("tokens") or 0)
     library = Library(config["library"])
     library.check_writable()
     own = fingerprint(backbone.folder)
-    distractors = _distractors(config, library, own, backbone.id)
+    distractors = lessons.distractors(config, library, own, backbone.id)
     documents = read(config["data"])
     fingerprints = {"backbone": own} | documents.fingerprints
     fingerprints |= {f"brick/{card.ref}": card.version for card in distractors}
     return Inputs(backbone, documents, distractors, library, fingerprints)
-
-
-def _check_objective(config: Mapping[str, Any]) -> None:
-    """Refuses an objective that is missing, or that nothing follows."""
-    kind, objective = config["brick"]["kind"], config["objective"]
-    trains = constants("bricks", kind, "Brick").get("trains", True)
-    if trains and objective is None:
-        raise UserError(
-            f"A brick of kind {kind} is trained: use recipe=knowledge/lora brick={kind}."
-        )
-    if not trains:
-        if objective is not None:
-            raise UserError(
-                f"A brick of kind {kind} is not trained, so it has no objective: use "
-                "recipe=knowledge/prefix."
-            )
-        if config["distractors"]:
-            raise UserError("distractors are for training, and recipe=knowledge/prefix has none.")
-        return
-    if not objective["learn"]:
-        raise UserError("objective.learn is empty: name documents, questions or both.")
-    if objective["keep"] and config["data"]["unrelated"] is None:
-        raise UserError(
-            f"objective.keep={objective['keep']} needs text to be kept: give data.unrelated=FILE."
-        )
-
-
-def _check_lengths(
-    config: Mapping[str, Any], backbone: ResolvedBackbone, virtual: int, others: int = 0
-) -> None:
-    """Refuses rows that the backbone cannot read with a passage, or among all distractors.
-
-    Args:
-        config: the run's config.
-        backbone: the backbone's folder and config.
-        virtual: how many tokens the brick puts before a row.
-        others: how many its distractors do.
-    """
-    data = config["data"]
-    most = backbone.config.get("max_position_embeddings", backbone.config.get("n_positions"))
-    if not isinstance(most, int):
-        return
-    among = data["max_length"] + virtual + others
-    if others and among > most:
-        raise UserError(
-            f"data.max_length={data['max_length']}, the brick's own {virtual} tokens and the "
-            f"{others} of its distractors make {among}, and '{backbone.id}' reads {most} at most: "
-            "name fewer distractors, or lower data.max_length or brick.tokens."
-        )
-    needed = data["max_length"] + data["context"] + virtual
-    if needed > most:
-        own = f" and the brick's own {virtual} tokens" if virtual else ""
-        raise UserError(
-            f"data.max_length={data['max_length']}, data.context={data['context']}{own} make "
-            f"{needed} tokens, and '{backbone.id}' reads {most} at most: lower them"
-            f"{', or set brick.tokens' if virtual else ''}."
-        )
-
-
-def _distractors(
-    config: Mapping[str, Any], library: Library, backbone: str, name: str
-) -> list[Card]:
-    """The cards of the other cartridges.
-
-    Raises:
-        UserError: there is no such brick, it is no cartridge, or of another backbone.
-    """
-    cards: list[Card] = []
-    if config["distractors"] and config["brick"]["kind"] not in KEYS_AND_VALUES:
-        raise UserError(
-            f"distractors are plugged in beside a cartridge, and brick is a "
-            f"{config['brick']['kind']}: use recipe=knowledge/cartridge."
-        )
-    for ref in config["distractors"]:
-        card = library.find(ref)
-        gate.require_brick(card)
-        gate.require_backbone(card, backbone, name)
-        if card.kind not in KEYS_AND_VALUES:
-            raise UserError(f"distractors: {card.ref} is a {card.kind}, not a cartridge.")
-        if card.ref in [other.ref for other in cards]:
-            raise UserError(f"distractors names {card.ref} twice: name each once.")
-        cards.append(card)
-    return cards
 
 
 def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
@@ -248,7 +160,7 @@ def _begin(
     """What tokenises the documents, the new brick, and its distractors.
 
     Raises:
-        UserError: the backbone does not continue text, or the brick does not fit it.
+        UserError: the backbone does not continue text, or the brick does not fit it or the others.
     """
     import torch
 
@@ -269,9 +181,11 @@ def _begin(
     text = torch.tensor(reader.whole())
     brick = make_brick(config["brick"]).about(text).build(backbone)
     others = [open_brick(card, inputs.library, backbone) for card in inputs.distractors]
-    if isinstance(brick, Prefix):  # how long a whole document is, only its tokens tell
-        theirs = sum(other.length for other in others if isinstance(other, Prefix))
-        _check_lengths(config, inputs.backbone, brick.length, theirs)
+    # How long a whole document is, only its tokens tell.
+    ahead = [one.length if isinstance(one, Prefix) else 0 for one in (brick, *others)]
+    lessons.check_lengths(config, inputs.backbone, ahead[0], sum(ahead[1:]))
+    with backbone.slots.plugged([*others, brick]):  # what cannot stand together is refused here
+        pass
     return reader, brick, others
 
 

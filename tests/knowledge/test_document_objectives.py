@@ -123,6 +123,91 @@ def test_distillation_is_a_plain_loop_with_transformers(family: str, tmp_path: P
     assert found.count == count == count_items("causal", batch)
 
 
+@pytest.mark.parametrize("kind", ["lora", "cartridge"])
+def test_a_student_that_reads_the_passage_is_a_plain_loop(kind: str, tmp_path: Path) -> None:
+    """Rows one by one behind their passage; only in training, and as often as was asked for."""
+    backbone, plain = tiny("llama"), plain_model("llama")
+    distil = objective("distill", reader_on(backbone, tmp_path, passage=20), with_text=1.0)
+    encoded = distil.train_rows()
+    brick = lora(backbone, noise=0.3) if kind == "lora" else cartridge(backbone, 1)
+    rows = [0, 3, len(encoded) - 1]
+    batch = batch_of(encoded, rows)
+    with backbone.slots.plugged([brick]):
+        found = distil.loss(backbone, batch, training=True)
+        read = distil.tokens_read(batch)
+        expected, count = 0.0, 0
+        for row in rows:
+            ids = encoded.slice("input_ids", row).tolist()
+            context = encoded.slice("context_ids", row).tolist()
+            labels = encoded.slice("token_labels", row)
+            p = log_p(plain, context + ids)[len(context) :]
+            with torch.no_grad():
+                q = backbone.logits(input_ids=torch.tensor([context + ids]))[0].double()
+            q = torch.log_softmax(q, dim=-1)[len(context) :]
+            for i in range(1, len(ids)):
+                if labels[i] != IGNORED:
+                    expected += float((p[i - 1].exp() * (p[i - 1] - q[i - 1])).sum())
+                    count += 1
+        without = distil.loss(backbone, batch)
+    assert expected > 1e-3
+    assert found.loss.item() == pytest.approx(expected, rel=1e-4) and found.count == count
+    assert found.loss.requires_grad
+    assert without.loss.item() != pytest.approx(expected, rel=1e-2)
+    # The teacher's pass over both, and the student's over the passage with gradients: 4N for 2N.
+    passages = sum(len(encoded.slice("context_ids", row)) for row in rows)
+    assert read == batch["tokens"] + passages + 2 * passages
+    assert distil.tokens_read(batch) == batch["tokens"] + passages
+
+
+def test_the_share_of_rows_with_text_is_drawn_by_micro_batch(tmp_path: Path) -> None:
+    """The same for the same seed, and nothing is drawn where the share is 0."""
+    backbone = tiny("llama")
+    reader = reader_on(backbone, tmp_path)
+    seen = dict.fromkeys((0.0, 0.3, 1.0), 0)
+    for share in seen:
+        distil = objective("distill", reader, with_text=share)
+        batch = batch_of(distil.train_rows(), range(2))
+        with backbone.slots.plugged([lora(backbone)]), torch.no_grad():
+            for seed in range(60):
+                torch.manual_seed(seed)
+                distil.loss(backbone, batch, training=True)
+                seen[share] += batch["shown"]
+                torch.manual_seed(seed)
+                assert float(torch.rand(())) >= share or batch["shown"]
+    assert seen[0.0] == 0 and seen[1.0] == 60 and 8 <= seen[0.3] <= 28
+
+
+def test_a_lora_learns_on_top_of_another(tmp_path: Path) -> None:
+    """Beside a frozen one its loss is that of a model with the other's update in its weights."""
+    backbone, plain = tiny("llama"), plain_model("llama")
+    lm = objective("lm", reader_on(backbone, tmp_path))
+    encoded, other, brick = lm.train_rows(), lora(backbone, noise=0.3), lora(backbone)
+    other.eval().requires_grad_(False)
+    for plug in other.plugs():
+        weight = plain.get_submodule(backbone.sites[plug.site].module).weight
+        with torch.no_grad():
+            weight += plug.scale * plug.B @ plug.A
+    rows = [i for i in range(len(encoded)) if int(encoded.slice("position_ids", i).max()) > 0][:2]
+    learning, batch = Learning(lm, None, Distractors([other])), batch_of(encoded, rows)
+    found = {}
+    with backbone.slots.plugged([brick]):
+        for seed in range(12):
+            torch.manual_seed(seed)
+            result = learning.loss(backbone, brick, batch, training=True)
+            found[len(backbone.slots.plan)] = result.loss
+        found[0] = learning.loss(backbone, brick, batch, training=False).loss
+    logits = plain(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum"
+    )
+    assert set(found) == {0, 1, 2}
+    assert found[2].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert found[1].item() == found[0].item() != pytest.approx(expected.item(), rel=1e-3)
+    found[2].backward()
+    assert all(p.grad is None for p in other.parameters())
+    assert any(p.grad is not None and float(p.grad.abs().sum()) > 0 for p in brick.parameters())
+
+
 def test_a_teacher_without_context_teaches_nothing_new(tmp_path: Path) -> None:
     """A kind that starts as identity begins at loss 0, and only the brick gets gradients."""
     backbone = tiny("llama")

@@ -98,6 +98,31 @@ def test_a_cartridge_is_trained_among_others(
 
 
 @pytest.mark.slow
+def test_a_lora_is_trained_beside_another_and_beside_a_cartridge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever is beside it stands still, and a cartridge takes its room from the context."""
+    monkeypatch.chdir(tmp_path)
+    quick = ["evaluation.generate=false", "trainer.samples=0"]
+    pages = command(tmp_path, folder("llama"), "cartridge", "name=pages", "brick.tokens=16")
+    run(capsys, *pages, *quick)
+    run(capsys, *command(tmp_path, folder("llama"), "lora", "name=first", *quick))
+    from cfm_train.library.store import Library
+
+    before = Library("outputs/library").find("first").files
+    second = [*command(tmp_path, folder("llama"), "lora", "name=second", *quick), "seed=1"]
+    record = run(capsys, *second, "distractors=[first,pages]")
+    assert [key for key in record["inputs"] if key.startswith("brick/")] != []
+    assert record["arms"]["arms"][-1]["name"] == "among others"
+    assert all(check["passed"] for check in record["checks"].values())
+    assert Library("outputs/library").find("first").files == before
+    assert not Library("outputs/library").verify("first")
+    crowded = [*second, "name=third", "distractors=[pages]"]
+    assert main([*crowded, "data.max_length=120", "data.context=8"]) == 2
+    assert "the 16 of its distractors make 136" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_a_persons_questions_in_a_jsonl_of_documents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,7 +147,11 @@ def test_a_persons_questions_in_a_jsonl_of_documents(
         ("lora", ["brick=document"], "is not trained, so it has no objective"),
         ("lora", ["data.context=1000"], "reads 128 at most: lower them"),
         ("cartridge", ["brick.tokens=100"], "brick's own 100 tokens make 148.*or set brick.tokens"),
-        ("lora", ["distractors=[a]"], "distractors are plugged in beside a cartridge"),
+        (
+            "lora",
+            ["brick=soft_prompt", "~brick.sites", "distractors=[a]"],
+            "distractors are plugged in beside a cartridge or a LoRA",
+        ),
         ("cartridge", ["distractors=[nobody]"], "nobody"),
         ("lora", ["data.documents=gone.txt"], "there is no such file"),
     ],

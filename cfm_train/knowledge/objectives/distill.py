@@ -7,6 +7,11 @@ al. 2022, arXiv 2209.15189; for cartridges Eyuboglu et al. 2025, arXiv 2506.0626
 vocabulary here). Rows are the passage's own sentences, every token of them, and questions about it,
 their answers. A teacher is asked in the same step as the student, so that nothing is kept on disk
 and a resumed run sees the same.
+
+A brick that has never seen its text in the context does not know what to do beside it. So a share
+of the micro-batches (``with_text``) has the student read the passage too:
+
+    loss = Σ_t KL( p(· | passage, x_<t)  ‖  q(· | passage, x_<t) )
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ import torch
 from torch import Tensor
 
 from cfm_train.backbone.load import Backbone
-from cfm_train.config.types import NonNegative
+from cfm_train.config.types import Fraction, NonNegative
 from cfm_train.data.encode import Encoded
 from cfm_train.knowledge.objectives.objective import Objective, divergence
 from cfm_train.training.objectives import (
@@ -35,12 +40,19 @@ class Distillation(Objective):
     Args:
         learn: see `Objective`.
         keep: see `Objective`.
+        with_text: the share of micro-batches in which the student reads the passage, too.
     """
 
     reads_context = True
 
-    def __init__(self, learn: list[Literal["documents", "questions"]], keep: NonNegative) -> None:
+    def __init__(
+        self,
+        learn: list[Literal["documents", "questions"]],
+        keep: NonNegative,
+        with_text: Fraction,
+    ) -> None:
         super().__init__(learn, keep)
+        self.with_text = with_text
 
     def train_rows(self) -> Encoded:
         """Sentences and questions, each with its passage; they are never packed."""
@@ -48,19 +60,30 @@ class Distillation(Objective):
         questions = self.asked("train") if "questions" in self.learn else []
         return self.reader.rows([*sentences, *questions])
 
-    def loss(self, backbone: Backbone, batch: Batch) -> Result:
-        """KL(teacher ‖ student) on the tokens that count."""
+    def loss(self, backbone: Backbone, batch: Batch, *, training: bool = False) -> Result:
+        """KL(teacher ‖ student) on the tokens that count; notes in the batch what was ``shown``."""
+        front = len(self.reader.front)
         with backbone.slots.plugged([]), torch.no_grad():
-            teacher = read_logits(backbone, batch, len(self.reader.front))
+            teacher = read_logits(backbone, batch, front)
+        # The draw follows torch's generator, which is set anew for every micro-batch.
+        batch["shown"] = training and self.with_text > 0 and float(torch.rand(())) < self.with_text
+        if batch["shown"]:
+            targets, positions = next_tokens(batch["labels"])
+            return divergence(teacher, read_logits(backbone, batch, front), targets[:, positions])
         student, targets = next_token_logits(backbone, batch)
         return divergence(teacher, student, targets)
 
     def tokens_read(self, batch: Batch) -> int:
-        """What the teacher reads: passages and rows, what stands before every text once."""
+        """What the teacher reads: passages and rows, what stands before every text once.
+
+        A passage that the student read was read with gradients, at twice the price: it counts
+        two times more.
+        """
         read = int(batch["tokens"])
         if "context_mask" in batch:
             again = len(self.reader.front) * len(batch["context_mask"])
-            read += int(batch["context_mask"].sum()) - again
+            passages = int(batch["context_mask"].sum()) - again
+            read += 3 * passages if batch.get("shown") else passages
         return read
 
 

@@ -31,6 +31,6 @@ class LanguageModelling(Objective):
         questions = self.asked("train") if "questions" in self.learn else []
         return self.reader.blocks(documents, questions)
 
-    def loss(self, backbone: Backbone, batch: Batch) -> Result:
+    def loss(self, backbone: Backbone, batch: Batch, *, training: bool = False) -> Result:
         """Cross entropy on the next token."""
         return compute("causal", backbone, None, batch)

@@ -5,7 +5,7 @@ and their number. Beside it every step may hold the brick to the bare backbone o
 
     loss = Σ_t objective_t / T  +  keep · Σ_u KL(bare ‖ plugged)_u / U
 
-and other cartridges may be plugged in beside the brick (`distractors`).
+and other bricks may be plugged in beside the brick (`distractors`).
 """
 
 from __future__ import annotations
@@ -61,8 +61,14 @@ class Objective(ABC):
         """The rows that are trained on."""
 
     @abstractmethod
-    def loss(self, backbone: Backbone, batch: Batch) -> Result:
-        """The loss of one micro-batch with what is plugged in."""
+    def loss(self, backbone: Backbone, batch: Batch, *, training: bool = False) -> Result:
+        """The loss of one micro-batch with what is plugged in.
+
+        Args:
+            backbone: with the brick plugged in.
+            batch: the rows.
+            training: whether the step is one of training; what is drawn is drawn there alone.
+        """
 
     def tokens_read(self, batch: Batch) -> int:
         """Real tokens that `loss` sends through the backbone without gradients."""
@@ -93,7 +99,7 @@ class Learning:
     Attributes:
         objective: what is minimised.
         beside: unrelated rows; None where the brick is not held to the bare backbone.
-        distractors: cartridges that are plugged in beside the brick in training.
+        distractors: bricks that are plugged in beside the brick in training.
     """
 
     objective: Objective
@@ -111,7 +117,7 @@ class Learning:
             backbone.slots.plug(self.distractors.around(brick) if training else [brick])
         if batch["task"] == BESIDE:
             return drift(backbone, batch)
-        return self.objective.loss(backbone, batch)
+        return self.objective.loss(backbone, batch, training=training)
 
     def tokens_read(self, batch: Batch) -> int:
         """What the bare backbone reads beside the plugged one."""
