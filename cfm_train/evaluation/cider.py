@@ -59,9 +59,7 @@ def _grams(text: str) -> Grams:
     """How often each n-gram occurs."""
     words = _WORD.findall(text.lower())
     return Counter(
-        tuple(words[at : at + n])
-        for n in range(1, LONGEST + 1)
-        for at in range(len(words) - n + 1)
+        tuple(words[at : at + n]) for n in range(1, LONGEST + 1) for at in range(len(words) - n + 1)
     )
 
 
