@@ -13,7 +13,6 @@ import sys
 import time
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +28,7 @@ from cfm_train.modality.items import Reader, check_items
 from cfm_train.modality.scoring import class_scores
 from cfm_train.modality.writing import generate
 from tests.backbones import folder, randomise, tiny
-from tests.coloured_items import ALIGN, items, run  # noqa: F401 (a fixture)
+from tests.coloured_items import ALIGN, run
 from tests.peft_tuners import section
 
 PATCHES = {"kind": "patches", "size": 16, "patch": 8}

@@ -1,4 +1,4 @@
-"""Asked about items: captions against several references, messages, two modalities in one prompt."""
+"""Asked about items: captions and their references, messages, two modalities in one prompt."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cfm_train.modality.items import Reader, check_items, read_rows
 from cfm_train.modality.scoring import class_scores
 from cfm_train.modality.writing import generate, write_texts
 from tests.backbones import folder, tiny
-from tests.coloured_items import ALIGN, items, run  # noqa: F401 (a fixture)
+from tests.coloured_items import ALIGN, run
 from tests.modality.test_modality import WIDTH, modality
 
 QUIET = ["evaluation.bootstrap=20", "tracking=disabled"]
@@ -35,7 +35,7 @@ def message(role: str, *parts: str) -> dict[str, Any]:
 
 
 def test_captions_are_scored_against_all_references(
-    items: Path,  # noqa: F811
+    items: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     shutil.copytree(folder("llama"), "lm")
@@ -57,7 +57,7 @@ def test_captions_are_scored_against_all_references(
     assert "give two or more" in capsys.readouterr().err
 
 
-def test_texts_of_one_item_are_rows_that_stay_together(items: Path) -> None:  # noqa: F811
+def test_texts_of_one_item_are_rows_that_stay_together(items: Path) -> None:
     rows = [{"image": f"img/{i}.npy", "text": ["w5", "w6", "w7"]} for i in range(10)]
     (items / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     section = {"items": "rows.jsonl", "validation": None, "test": None, "root": None,
@@ -101,7 +101,7 @@ def two_senses() -> dict[str, Sense]:
     return {brick.modality: Sense(brick, cache) for brick, cache in pairs}
 
 
-def test_messages_with_items_of_two_modalities_are_scored_as_whole_texts(items: Path) -> None:  # noqa: F811
+def test_messages_with_items_of_two_modalities_are_scored_as_whole_texts(items: Path) -> None:
     """Two images and a vector in one prompt, against embeddings put together by hand."""
     np.save("v.npy", np.zeros(WIDTH, np.float32))
     turns = [
@@ -169,7 +169,7 @@ def test_prompts_of_one_length_are_written_to_together_as_one_by_one() -> None:
 
 
 def test_several_images_and_vectors_are_classified_and_asked(
-    items: Path,  # noqa: F811
+    items: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Messages with two images and features, for two bricks; one prompt with a file for each."""
