@@ -207,7 +207,11 @@ def special_prefix(tokenizer: Any) -> list[int]:
 def shuffled(rows: list[Row], seed: int) -> list[list[str]]:
     """Other rows' items for every row: a control that a connector must do worse on.
 
-    Rows swap with rows that have as many items, never with themselves where there are two.
+    Rows swap with rows that have as many items; one that has no such row gets items of any others.
+
+    Args:
+        rows: two or more, else each keeps its own.
+        seed: decides who swaps.
     """
     held = [hashes(row) for row in rows]
     groups: dict[int, list[int]] = {}
@@ -216,6 +220,13 @@ def shuffled(rows: list[Row], seed: int) -> list[list[str]]:
     draw = np.random.default_rng(seed)
     other = list(held)
     for members in groups.values():
+        if len(members) == 1:
+            (alone,) = members
+            free = [item for items in held for item in items if item not in held[alone]]
+            if free:
+                drawn = draw.choice(len(free), len(held[alone]))
+                other[alone] = [free[i] for i in drawn]
+            continue
         order = [members[i] for i in draw.permutation(len(members))]
         for here, there in zip(order, [*order[1:], order[0]], strict=True):
             other[here] = held[there]

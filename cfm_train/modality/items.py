@@ -1,10 +1,13 @@
 """Items of a modality and what is said of them, read and checked before torch.
 
     {"image": "a/1.png", "text": "a red square"}                         a row: item and text
+    {"series": [[1, 2], [3, 4]], "text": "it rises"}     the item itself: steps of two channels
     {"image": "1.png", "conversations": [{"from": "human", "value": "<image>\\n…"}, …]}     LLaVA's
     {"messages": [{"role": "user", "content": [{"type": "image", "image": "1.png"},
                                                {"type": "text", "text": "…"}]}, …]}   typed parts
     FOLDER/cat/1.png, or pets.zip/cat/1.png                              a folder for each class
+
+Several items of a row are a list of paths, of objects, or of series that are lists of lists.
 
 A finished row has, besides ``_at``, ``_items`` (references, see `Reader`), ``text`` (what makes the
 row: the hashes of its items and its prompt), and either ``prompt`` and ``answer`` or ``turns``, the
@@ -233,7 +236,14 @@ def _row(values: Mapping[str, Any], at: str, section: Mapping[str, Any], modalit
 
 
 def _is_list_of_items(given: Any) -> bool:
-    return isinstance(given, list) and all(isinstance(one, str | dict | list) for one in given)
+    """Several items; a list of numbers, or of lists of numbers, is one: a series."""
+    if not isinstance(given, list):
+        return False
+    return all(
+        isinstance(one, str | dict)
+        or (isinstance(one, list) and len(one) > 0 and isinstance(one[0], list))
+        for one in given
+    )
 
 
 def _reference(item: Any, at: str) -> str:

@@ -1,4 +1,4 @@
-"""Q-Formers against BLIP-2's own, windows one by one, gated cross-attention by a loop over tokens."""
+"""Q-Formers against BLIP-2's own, windows one by one, gated attention by a loop over tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ from tests.backbones import answers, bare, randomise, tiny
 from tests.modality.test_modality import CONNECTORS, WIDTH, features, ids_of, modality
 from tests.peft_tuners import section
 
-QFORMER = {"kind": "qformer", "tokens": 3, "layers": 3, "every": 2, "inner": 8, "heads": 2, "ff": 12}
+QFORMER = {
+    "kind": "qformer", "tokens": 3, "layers": 3, "every": 2, "inner": 8, "heads": 2, "ff": 12,
+}  # fmt: skip
 
 
 def test_a_qformer_is_blip2s() -> None:
@@ -77,7 +79,8 @@ def test_windows_are_asked_one_by_one_and_a_ragged_end_is_an_item_of_its_own() -
     with torch.inference_mode():
         tokens, there = ours(v.masked_fill(~mask[..., None], 0), mask)
         for item, (n, count) in enumerate(zip(lengths, (9, 6, 3), strict=True)):
-            assert ours.count(n) == count == int(there[item].sum()) and bool(there[item, :count].all())
+            assert ours.count(n) == count == int(there[item].sum())
+            assert bool(there[item, :count].all())
             parts = [v[item, at : min(n, at + 3)][None] for at in range(0, n, 3)]
             alone = [plain(p, torch.ones(p.shape[:2], dtype=torch.bool))[0][0] for p in parts]
             torch.testing.assert_close(tokens[item, :count], torch.cat(alone), atol=1e-5, rtol=0)

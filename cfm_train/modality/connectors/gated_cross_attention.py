@@ -1,13 +1,13 @@
-"""Gated cross-attention: items are looked at from inside the layers (Flamingo, Alayrac et al. 2022).
+"""Gated cross-attention: items are looked at from inside the layers (Flamingo, 2022).
 
-    features ─► resampler ─► v [tokens, inner]                                     once for each item
+    features ─► resampler ─► v [tokens, inner]                                for each item
     h ← h + tanh(α) · CrossAttention(LN(h), v)      behind every ``every``-th layer of the backbone
     h ← h + tanh(β) · FF(LN(h))
 
 Gates α and β start at zero, so a new connector changes no logit, with items there or not. An item
 takes one token of the text, its mark: a learned embedding that starts as that of the backbone's
 first token. Each token looks at all items whose marks stand at or before it; a token that has none
-before it stays what it was, to the bit (arXiv 2204.14198).
+before it stays what it was, to the bit (Alayrac et al. 2022, arXiv 2204.14198).
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cfm_train.config.types import Positive
-from cfm_train.errors import UserError
 from cfm_train.modality.connectors.connector import Connector, projection
+from cfm_train.modality.fitting import check_heads
 
 #: What BERT adds to a variance before its root is taken, and the deviation of its first weights.
 EPSILON, DEVIATION = 1e-12, 0.02
@@ -48,8 +48,7 @@ class QFormer(Connector):
         ff: Positive,
     ) -> None:
         super().__init__()
-        if inner % heads:
-            raise UserError(f"connector.inner={inner} is no multiple of connector.heads={heads}.")
+        check_heads(inner, heads)
         self.tokens, self.layers, self.every = tokens, layers, every
         self.inner, self.heads, self.ff = inner, heads, ff
 

@@ -1,6 +1,6 @@
 """A Q-Former at each window of a sequence: sounds and series (SALMONN, Tang et al. 2023).
 
-    features [n, d_v] ─► windows of ``window`` vectors ─► the same Q-Former at each ─► tokens in turn
+    features [n, d_v] ─► windows of ``window`` vectors ─► one Q-Former at each ─► tokens in turn
 
 An item becomes ``tokens`` for each window, the last one as short as the item leaves it: the length
 of a sound is kept, and its order, where one Q-Former over all would lose both (arXiv 2310.13289).
