@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cfm_train.errors import UserError
@@ -17,11 +17,15 @@ def check_fit(connector: Mapping[str, Any], encoder: Mapping[str, Any]) -> None:
         encoder: the ``encoder`` section.
 
     Raises:
-        UserError: heads that do not divide a width, patches that do not divide an image, a factor
-            that does not divide the encoder's grid.
+        UserError: heads that do not divide a width, patches that do not divide an image or pass
+            over steps, columns that are none, a factor that does not divide the encoder's grid.
     """
     if "heads" in connector:
         check_heads(connector["inner"], connector["heads"])
+    if "stride" in encoder:
+        check_stride(encoder["patch"], encoder["stride"])
+    if "texts" in encoder:
+        check_columns(encoder["numbers"], encoder["texts"], encoder["ignored"])
     n = vectors(encoder)
     if "factor" in connector and n is not None:
         grid_side(n, connector["factor"])
@@ -35,6 +39,41 @@ def check_heads(inner: int, heads: int) -> None:
     """
     if inner % heads:
         raise UserError(f"connector.inner={inner} is no multiple of connector.heads={heads}.")
+
+
+def check_stride(patch: int, stride: int) -> None:
+    """Patches that leave out no step.
+
+    Raises:
+        UserError: they do.
+    """
+    if stride > patch:
+        raise UserError(f"encoder.stride={stride} passes over steps: encoder.patch={patch}.")
+
+
+def check_columns(
+    numbers: Mapping[str, Sequence[float]] | None, texts: Sequence[str], ignored: Sequence[str]
+) -> None:
+    """Columns of a table, each with one part to play.
+
+    Raises:
+        UserError: there are none, a range is none, or one is named twice.
+    """
+    numbers = numbers or {}
+    if not numbers and not texts:
+        raise UserError(
+            "encoder.numbers and encoder.texts are empty: name the columns that are read, such "
+            "as encoder.numbers={age:[0,100]} encoder.texts=[town]."
+        )
+    for name, ends in numbers.items():
+        if len(ends) != 2 or not ends[0] < ends[1]:
+            raise UserError(
+                f"encoder.numbers: the range of '{name}' is [low, high], found {list(ends)}."
+            )
+    named = [*numbers, *texts, *ignored]
+    twice = [name for name in named if named.count(name) > 1]
+    if twice:
+        raise UserError(f"encoder: the column '{twice[0]}' is named twice.")
 
 
 def grid_side(n: int, factor: int) -> int:

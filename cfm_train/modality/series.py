@@ -31,7 +31,7 @@ def read_series(content: bytes, at: str, channels: int) -> np.ndarray:
     """
     try:
         found = _numbers(content)
-    except (ValueError, EOFError, csv.Error) as error:  # broken JSON and Unicode are ValueErrors
+    except (ValueError, TypeError, EOFError, csv.Error) as error:  # JSON's are ValueErrors
         raise UserError(
             f"{at}: is no series of numbers ({error}); write .npy, .csv or a list of steps."
         ) from None

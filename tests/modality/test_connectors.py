@@ -20,7 +20,7 @@ from cfm_train.modality.encoding import given
 from cfm_train.modality.modality import Modality
 from cfm_train.modality.scoring import class_scores
 from tests.backbones import answers, bare, randomise, tiny
-from tests.modality.test_modality import CONNECTORS, WIDTH, features, ids_of, modality
+from tests.modality.test_modality import CONNECTORS, WIDTH, features, ids_of
 from tests.peft_tuners import section
 
 QFORMER = {
@@ -86,24 +86,20 @@ def test_windows_are_asked_one_by_one_and_a_ragged_end_is_an_item_of_its_own() -
             torch.testing.assert_close(tokens[item, :count], torch.cat(alone), atol=1e-5, rtol=0)
 
 
-def gated(seed: int = 1, tags: bool = False, every: int = 1, shut: bool = False) -> Modality:
-    """A gated brick that does something, unless its gates are shut."""
-    CONNECTORS["gated_cross_attention"]["every"] = every
-    brick = modality("gated_cross_attention", seed, tags)
-    CONNECTORS["gated_cross_attention"]["every"] = 1
-    if shut:
-        with torch.no_grad():
-            for block in brick.connector.blocks:
-                block.gate.zero_()
-                block.gate_f.zero_()
+def gated(seed: int = 1, tags: bool = False, every: int = 1, new: bool = False) -> Modality:
+    """A gated brick that does something, unless it is new."""
+    encoder = {"kind": "patches", "width": WIDTH, "fingerprint": "f" * 64}
+    connector = CONNECTORS["gated_cross_attention"] | {"every": every}
+    torch.manual_seed(seed)
+    brick = Modality("image", encoder, connector, tags).build(tiny("llama")).eval()
+    if not new:
+        randomise(brick, seed)
     return brick
 
 
 def test_shut_gates_change_no_logit_and_the_first_token_marks_the_item() -> None:
     """A new brick: the same as a text with the backbone's first token where items are."""
-    backbone = tiny("llama")
-    encoder = {"kind": "patches", "width": WIDTH, "fingerprint": "f" * 64}
-    brick = Modality("image", encoder, CONNECTORS["gated_cross_attention"], False).build(backbone)
+    backbone, brick = tiny("llama"), gated(new=True)
     ids = torch.tensor([[5, -2, 9, -2, 7], [4, 3, 8, 6, 2]])
     inputs = {"attention_mask": torch.ones_like(ids)}
     token = backbone.tokenizer.eos_token_id

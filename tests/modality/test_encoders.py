@@ -150,7 +150,7 @@ def test_a_patchtst_is_transformers_own(tmp_path: Path) -> None:
     pooled = find_encoder({"kind": "patchtst", "path": str(tmp_path / "model"), "pool": "mean"})
     mean_of = pooled.open().encode([ours.load(npy(long), "here")])[0]
     torch.testing.assert_close(mean_of[0], features[0].view(2, 3, 10).mean(1), atol=1e-5, rtol=0)
-    with pytest.raises(UserError, match="1 channels, and the model of encoder.path reads 2"):
+    with pytest.raises(UserError, match=r"1 channels, and the model of encoder\.path reads 2"):
         ours.load(b"[1, 2]", "here")
 
 
@@ -270,7 +270,7 @@ def test_what_has_no_source_is_refused(own: Path, name: str, complaint: str) -> 
 
 
 def test_what_cannot_be_called_is_refused(own: Path) -> None:
-    with pytest.raises(UserError, match="is a int: give a function or an nn.Module"):
+    with pytest.raises(UserError, match=r"is a int: give a function or an nn\.Module"):
         find_encoder(target("number"))
     with pytest.raises(UserError, match="there is no such module"):
         find_encoder({**target("x"), "target": "nowhere_at_all.x"})
@@ -285,7 +285,7 @@ def test_what_cannot_be_called_is_refused(own: Path) -> None:
 
 
 def test_items_that_stand_within_their_rows(tmp_path: Path) -> None:
-    """A series of numbers or of channels is one item; a table's row an object; the hash is theirs."""
+    """A series of numbers or of channels is one item; a table's row is an object."""
     section = {"items": str(tmp_path / "rows.jsonl"), "validation": None, "test": None,
                "root": None, "text": "text", "prompt": "<item> is", "validation_fraction": 0.0,
                "test_fraction": 0.0, "limit": None}  # fmt: skip
@@ -326,6 +326,8 @@ def test_rows_swap_items_or_borrow_them() -> None:
         ({"factor": 2}, {"size": 128, "pool": "mean"}, "connector.factor=2: an item has 1 feature"),
         ({"factor": 3}, {"size": 32, "patch": 8}, "connector.factor=3: an item has 16 feature"),
         ({}, {"size": 30, "patch": 8}, "encoder.size=30 is no multiple"),
+        ({}, SERIES | {"stride": 5}, "encoder.stride=5 passes over steps"),
+        ({}, TABLE | {"numbers": {}, "texts": []}, "name the columns"),
     ],
 )
 def test_what_does_not_fit_is_said_before_torch(

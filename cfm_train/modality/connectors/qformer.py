@@ -74,7 +74,7 @@ class QFormer(Connector):
             features: ``[items, n, d_v]``; of no item all are missing.
             mask: bool ``[items, n]``.
         """
-        z = self.norm(self.queries).expand(len(features), -1, -1)
+        z: Tensor = self.norm(self.queries).expand(len(features), -1, -1)
         for layer in self.stack:
             z = layer(z, features, mask)
         return z
@@ -100,7 +100,8 @@ class _Layer(nn.Module):
         z = self.among(z, z, None)
         if self.across is not None:
             z = self.across(z, v, there[:, None, None])
-        return self.norm(z + self.down(F.gelu(self.up(z))))
+        found: Tensor = self.norm(z + self.down(F.gelu(self.up(z))))
+        return found
 
 
 class _Attention(nn.Module):
@@ -114,9 +115,11 @@ class _Attention(nn.Module):
         self.norm = nn.LayerNorm(inner, eps=EPSILON)
 
     def forward(self, z: Tensor, seen: Tensor, there: Tensor | None) -> Tensor:
+        """Queries ``[items, tokens, inner]`` after they have asked ``seen``."""
         q, k, v = (self._split(x) for x in (self.q(z), self.k(seen), self.v(seen)))
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=there)
-        return self.norm(z + self.o(mixed.transpose(1, 2).flatten(2)))
+        found: Tensor = self.norm(z + self.o(mixed.transpose(1, 2).flatten(2)))
+        return found
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from cfm_train.config.types import Positive
-from cfm_train.errors import UserError
 from cfm_train.modality.encoders.encoder import Encoder, padded
+from cfm_train.modality.fitting import check_stride
 from cfm_train.modality.series import read_series
 
 #: The deviation that a channel without any has.
@@ -40,8 +40,7 @@ class Series(Encoder):
 
     def __init__(self, channels: Positive, patch: Positive, stride: Positive) -> None:
         super().__init__()
-        if stride > patch:
-            raise UserError(f"encoder.stride={stride} passes over steps: encoder.patch={patch}.")
+        check_stride(patch, stride)
         self.channels, self.patch, self.stride = channels, patch, stride
 
     def build(self, folder: Path | None) -> Self:

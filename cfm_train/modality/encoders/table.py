@@ -24,6 +24,7 @@ from torch import Tensor
 from cfm_train.config.types import Positive
 from cfm_train.errors import UserError, nearest
 from cfm_train.modality.encoders.encoder import Encoder, padded
+from cfm_train.modality.fitting import check_columns
 
 
 class Table(Encoder):
@@ -31,7 +32,7 @@ class Table(Encoder):
 
     Args:
         numbers: columns of numbers, each with its range ``[low, high]``; numbers beyond it are
-            taken as they are.
+            taken as they are. None for no such columns.
         texts: columns of words.
         ignored: columns that items may have and that are not read.
         buckets: numbers that a text is hashed into.
@@ -42,42 +43,23 @@ class Table(Encoder):
 
     def __init__(
         self,
-        numbers: dict[str, list[float]],
+        numbers: dict[str, list[float]] | None,
         texts: list[str],
         ignored: list[str],
         buckets: Positive,
         each: Literal["row", "column"],
     ) -> None:
         super().__init__()
-        self.numbers = {name: numbers[name] for name in sorted(numbers)}
-        self.texts, self.ignored = sorted(set(texts)), set(ignored)
+        check_columns(numbers, texts, ignored)
+        self.numbers = dict(sorted((numbers or {}).items()))
+        self.texts, self.ignored = sorted(texts), set(ignored)
         self.buckets, self.each = buckets, each
 
     def build(self, folder: Path | None) -> Self:
-        """Nothing to read.
-
-        Raises:
-            UserError: no columns, a range that is none, or a column that is named twice.
-        """
-        names = [*self.numbers, *self.texts]
-        if not names:
-            raise UserError(
-                "encoder.numbers and encoder.texts are empty: name the columns that are read, such "
-                "as encoder.numbers={age:[0,100]} encoder.texts=[town]."
-            )
-        for name, ends in self.numbers.items():
-            if len(ends) != 2 or not ends[0] < ends[1]:
-                raise UserError(
-                    f"encoder.numbers: the range of '{name}' is [low, high], found {ends}."
-                )
-        twice = [name for name in self.texts if name in self.numbers]
-        twice += [name for name in names if name in self.ignored]
-        if twice:
-            raise UserError(f"encoder: the column '{twice[0]}' is named twice.")
-        self.names = names
-        self.sizes = [2] * len(self.numbers) + [self.buckets + 1] * len(self.texts)
-        widest = max(self.sizes)
-        self.width = sum(self.sizes) if self.each == "row" else len(names) + widest
+        """Nothing to read."""
+        self.names = [*self.numbers, *self.texts]
+        sizes = [2] * len(self.numbers) + [self.buckets + 1] * len(self.texts)
+        self.width = sum(sizes) if self.each == "row" else len(sizes) + max(sizes)
         return self
 
     def load(self, content: bytes, at: str) -> Tensor:
