@@ -133,6 +133,9 @@ class Generate(Run):
     image: str | None
     audio: str | None
     features: str | None
+    series: str | None
+    table: str | None
+    item: str | None
     max_new_tokens: Positive
 
 

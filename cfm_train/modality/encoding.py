@@ -223,8 +223,12 @@ def special_prefix(tokenizer: Any) -> list[int]:
 def shuffled(rows: list[Row], seed: int) -> list[list[str]]:
     """Other rows' items for every row: a control that a connector must do worse on.
 
-    Rows get the items of rows that have as many of each modality, never their own where there are
-    others; rows about the same items get the same.
+    Rows get the items of a row that has as many of each modality, those about the same items the
+    same; where there is no such row, items of any others, one by one.
+
+    Args:
+        rows: about two items or more, else each keeps its own.
+        seed: decides who swaps.
     """
     groups: dict[tuple[str, ...], dict[tuple[str, ...], list[int]]] = {}
     for i, row in enumerate(rows):
@@ -232,10 +236,27 @@ def shuffled(rows: list[Row], seed: int) -> list[list[str]]:
         alike.setdefault(tuple(hashes(row)), []).append(i)
     draw = np.random.default_rng(seed)
     other: list[list[str]] = [[] for _ in rows]
-    for alike in groups.values():
+    for kinds, alike in groups.items():
         known = list(alike)
         order = [known[i] for i in draw.permutation(len(known))]
         for here, there in zip(order, [*order[1:], order[0]], strict=True):
+            given_instead = list(there) if here != there else _any_others(here, kinds, rows, draw)
             for i in alike[here]:
-                other[i] = list(there)
+                other[i] = given_instead
     return other
+
+
+def _any_others(
+    items: Sequence[str], kinds: Sequence[str], rows: list[Row], draw: np.random.Generator
+) -> list[str]:
+    """For each item another of its modality; itself where there is none."""
+    found = []
+    for item, kind in zip(items, kinds, strict=True):
+        free = [
+            one
+            for row in rows
+            for one, its in zip(hashes(row), row["_kinds"], strict=True)
+            if its == kind and one not in items
+        ]
+        found.append(free[draw.integers(len(free))] if free else item)
+    return found

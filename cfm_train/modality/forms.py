@@ -1,11 +1,13 @@
 """The forms that rows with items come in, each read into one: items, and texts with their places.
 
     {"image": "a/1.png", "text": "a red square"}             item and text, or texts
+    {"series": [[1, 2], [3, 4]], "text": "it rises"}         the item itself: steps of two channels
     {"image": "1.png", "conversations": [{"from": "human", "value": "<image>\\n…"}, …]}     LLaVA's
     {"messages": [{"role": "user", "content": [{"type": "image", "image": "1.png"},
                                                {"type": "text", "text": "…"}]}, …]}   typed parts
 
-A run may read several modalities: a row then has a column for each, or typed parts of all of them,
+Several items of a row are a list of paths, of objects, or of series that are lists of lists. A run
+may read several modalities: a row then has a column for each, or typed parts of all of them,
 and ``<image>`` and ``<audio>`` stand where the items go, those of one modality in their order.
 """
 
@@ -74,7 +76,14 @@ def _items(found: Sequence[tuple[str, Any]], at: str) -> Row:
 
 
 def _is_list_of_items(given: Any) -> bool:
-    return isinstance(given, list) and all(isinstance(one, str | dict | list) for one in given)
+    """Several items; a list of numbers, or of lists of numbers, is one: a series."""
+    if not isinstance(given, list):
+        return False
+    return all(
+        isinstance(one, str | dict)
+        or (isinstance(one, list) and len(one) > 0 and isinstance(one[0], list))
+        for one in given
+    )
 
 
 def _reference(item: Any, at: str) -> str:

@@ -53,17 +53,18 @@ def judge(
         backbone: nothing plugged.
         brick: the brick.
         task: the splits as token numbers.
-        other: the test rows with each other's items; None without test rows.
+        other: the test rows with each other's items; None for fewer than two test rows.
         checked: the rows.
         bare: what `bare_text` gave before the brick was built.
     """
     figures: dict[str, dict[str, Any]] = {}
     samples: list[dict[str, Any]] = []
-    if other is not None:
+    if task.test is not None:
         assert isinstance(task.test, ItemRows)
         losses = {}
+        arms = {"test": task.test} | ({} if other is None else {"shuffled": other})
         with backbone.slots.plugged([brick]):
-            for name, rows in (("test", task.test), ("shuffled", other)):
+            for name, rows in arms.items():
                 answers = predict(backbone, None, task.spec, rows)
                 scores = answers.scores(
                     bootstrap=config["evaluation"]["bootstrap"], seed=config["seed"]
@@ -73,13 +74,16 @@ def judge(
                     [s / max(1, n) for _, (s, n) in sorted(answers.losses.items())]
                 )
             samples = write_answers(backbone, task.test, config["trainer"]["samples"])
-        gain = paired_interval(
-            losses["shuffled"],
-            losses["test"],
-            bootstrap=config["evaluation"]["bootstrap"],
-            seed=config["seed"],
-        )
-        figures["gain over shuffled/loss"] = gain.as_dict()
+        if other is None:
+            print("test: one row has no other's items to swap with, so there is no control.")
+        else:
+            gain = paired_interval(
+                losses["shuffled"],
+                losses["test"],
+                bootstrap=config["evaluation"]["bootstrap"],
+                seed=config["seed"],
+            )
+            figures["gain over shuffled/loss"] = gain.as_dict()
     with backbone.slots.plugged([brick]):
         moved = float((bare_text(backbone, checked) - bare).abs().max())
     same = torch.equal(bare_text(backbone, checked), bare)

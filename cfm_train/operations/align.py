@@ -18,6 +18,7 @@ from cfm_train.data.sources import Checked, data_fingerprints
 from cfm_train.library.card import check_name
 from cfm_train.library.store import Library
 from cfm_train.modality.finding import FoundEncoder, find_encoder
+from cfm_train.modality.fitting import check_fit
 from cfm_train.modality.items import Reader, check_items, hashes
 from cfm_train.operations import trained
 from cfm_train.tracking.wandb_setting import resolve_mode
@@ -81,6 +82,7 @@ def check(config: dict[str, Any]) -> Inputs:
     resolve_mode(config["tracking"]["mode"])
     backbone = resolve(config["backbone"])
     encoder = find_encoder(config["encoder"])
+    check_fit(config["connector"], config["encoder"])
     checked, reader = check_items(config["data"], encoder.modality, config["name"])
     library = Library(config["library"])
     library.check_writable()
@@ -260,7 +262,7 @@ def encode_all(
 
     splits = {name: encoded(rows) for name, rows in checked.rows.items() if rows}
     test = checked.rows["test"]
-    other = encoded(test, shuffled(test, seed)) if test else None
+    other = encoded(test, shuffled(test, seed)) if len(test) > 1 else None
     task = TaskData(checked.spec, splits["train"], splits.get("validation"), splits.get("test"))
     return task, other
 

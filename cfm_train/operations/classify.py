@@ -100,7 +100,8 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     started = time.perf_counter()
     samples: list[dict[str, Any]] = []
     arms = {"test": [hashes(row) for row in inputs.rows]}
-    arms["shuffled"] = shuffled(inputs.rows, config["seed"])
+    if len(inputs.rows) > 1:  # else there are no other row's items
+        arms["shuffled"] = shuffled(inputs.rows, config["seed"])
     with backbone.slots.plugged(bricks):
         for arm, held in arms.items():
             scores = score_rows(config, inputs, backbone, senses, held)
