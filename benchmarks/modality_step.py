@@ -21,7 +21,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from cfm_train.data.tasks import IGNORED
 from cfm_train.modality.cache import FeatureCache, features_of
 from cfm_train.modality.encoding import ItemRows, Placeholder, given
 from cfm_train.modality.items import hashes
-from cfm_train.operations import align
+from cfm_train.operations import align, aligned
 from cfm_train.operations.setting import open_backbone, tracked
 from cfm_train.paths import cache_dir
 from cfm_train.tracking.metrics_file import MetricsFile
@@ -90,7 +90,7 @@ class Bench:
             self.caches[dtype] = cache
         brick, cache = self.brick(), self.caches["float16"]
         place = Placeholder(brick.modality, brick.sentinel, brick.count, cache.length)
-        task, _ = align.encode_all(inputs.checked, self.backbone, place, cache, config["seed"])
+        task, _ = aligned.encode_all(inputs.checked, self.backbone, place, cache, config["seed"])
         assert isinstance(task.train, ItemRows)
         self.spec, self.rows = task.spec, task.train
 
@@ -98,7 +98,7 @@ class Bench:
         """The connector as it starts."""
         made = align.new_brick(self.config, self.inputs.encoder, self.encoder.width, self.backbone)
         seen = sorted({item for row in self.inputs.checked.rows["train"] for item in hashes(row)})
-        made.standardise(torch.from_numpy(align.some_vectors(self.caches["float16"], seen)))
+        made.standardise(torch.from_numpy(aligned.some_vectors(self.caches["float16"], seen)))
         return made
 
     def trained(self, rows: ItemRows) -> Turn:
@@ -137,7 +137,7 @@ class Bench:
         """The encoder in each step."""
         read = self.inputs.reader.read
         live = Live(
-            **vars(self.rows),
+            **{one.name: getattr(self.rows, one.name) for one in fields(self.rows) if one.init},
             encode=lambda items: features_of(self.encoder, items, self.want, read),
         )
         return self.trained(live)

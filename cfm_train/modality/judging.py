@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cfm_train.backbone.load import Backbone
+from cfm_train.bricks.brick import Brick
 from cfm_train.data.encode import TaskData
 from cfm_train.data.sources import Checked
 from cfm_train.evaluation.evaluator import predict
@@ -40,7 +41,8 @@ class Judged:
 def judge(
     config: Mapping[str, Any],
     backbone: Backbone,
-    brick: Modality,
+    brick: Brick,
+    eyes: Modality,
     task: TaskData,
     other: ItemRows | None,
     checked: Checked,
@@ -51,7 +53,8 @@ def judge(
     Args:
         config: of the run: ``seed``, ``evaluation``, ``trainer.samples``.
         backbone: nothing plugged.
-        brick: the brick.
+        brick: what was trained.
+        eyes: the modality brick in it, which must do nothing to text; a LoRA beside it may.
         task: the splits as token numbers.
         other: the test rows with each other's items; None for fewer than two test rows.
         checked: the rows.
@@ -84,7 +87,7 @@ def judge(
                 seed=config["seed"],
             )
             figures["gain over shuffled/loss"] = gain.as_dict()
-    with backbone.slots.plugged([brick]):
+    with backbone.slots.plugged([eyes]):
         moved = float((bare_text(backbone, checked) - bare).abs().max())
     same = torch.equal(bare_text(backbone, checked), bare)
     return Judged(

@@ -312,7 +312,8 @@ def test_items_that_stand_within_their_rows(tmp_path: Path) -> None:
 def test_rows_swap_items_or_borrow_them() -> None:
     """Where no other row has as many items, they come from any other row."""
     rows: list[dict[str, Any]] = [
-        {"_items": list(items), "text": [*items, "asked"]} for items in ("a", "b", "cd", "e")
+        {"_items": list(items), "_kinds": ["image"] * len(items), "text": [*items, "asked"]}
+        for items in ("a", "b", "cd", "e")
     ]
     other = shuffled(rows, 0)
     assert [len(items) for items in other] == [1, 1, 2, 1]
