@@ -12,6 +12,7 @@ from cfm_train.backbone.load import load_backbone
 from cfm_train.backbone.spec import resolve
 from cfm_train.bricks.kinds import make_brick
 from cfm_train.bricks.stored import open_brick
+from cfm_train.config.compose import option
 from cfm_train.launch.cli import main
 from cfm_train.library.store import Library
 from cfm_train.modality.encoding import given
@@ -46,7 +47,9 @@ def test_a_lora_learns_beside_an_aligned_connector(
     assert talk.version != before.version and (talk.kind, lora.kind) == ("modality", "lora")
     loss = "test/loss"
     assert record["metrics"][loss]["value"] < aligned["metrics"][loss]["value"]
-    backbone = load_backbone(resolve({"path": "./lm", "name": None}), dtype="float32", device="cpu")
+    backbone = load_backbone(
+        resolve(option("backbone", "hf", path="./lm")), dtype="float32", device="cpu"
+    )
     both = [open_brick(card, library, backbone) for card in (talk, lora)]
     assert all(float(value.abs().max()) > 0 for value in both[1].tensors().values())
     classify = ["recipe=modality/classify", "data.items=items.jsonl", *QUIET]
@@ -76,8 +79,8 @@ def test_the_stage_trains_connector_and_lora_and_nothing_else() -> None:
     lora = make_brick(section("lora")).build(backbone)
     parts = {"brick": eyes, "beside": lora, "backbone": backbone}
     assert_trainable("instruct", parts)
-    with pytest.raises(RuntimeError, match="stage align: beside.*learns and must not"):
+    with pytest.raises(RuntimeError, match=r"stage align: beside.*learns and must not"):
         assert_trainable("align", parts)
     next(lora.parameters()).requires_grad_(False)
-    with pytest.raises(RuntimeError, match="stage instruct: beside.*must learn and does not"):
+    with pytest.raises(RuntimeError, match=r"stage instruct: beside.*must learn and does not"):
         assert_trainable("instruct", parts)
