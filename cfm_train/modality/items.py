@@ -35,6 +35,8 @@ from cfm_train.errors import UserError
 ITEM = "<item>"
 #: A reference that is itself the item, as JSON: a table's row, a series.
 INLINE = "json:"
+#: The modality of which a row without an item is one itself, but for the text that is said of it.
+WHOLE = "table"
 _ROWS = (".jsonl", ".csv", ".tsv", ".parquet", ".jsonl.gz", ".csv.gz")
 
 
@@ -215,8 +217,10 @@ def _files(source: Path) -> list[Path]:
 def _row(values: Mapping[str, Any], at: str, section: Mapping[str, Any], modality: str) -> Row:
     """One line as a row, without hashes."""
     given = values.get(modality, values.get("item"))
-    items = [] if given is None else [given] if not _is_list_of_items(given) else list(given)
     messages = values.get("messages", values.get("conversations"))
+    if given is None and messages is None and modality == WHOLE:
+        given = {name: value for name, value in values.items() if name != section["text"]}
+    items = [] if given is None else [given] if not _is_list_of_items(given) else list(given)
     if messages is not None:
         turns, more = _turns(messages, at, modality)
         items = [*items, *more]
