@@ -25,6 +25,8 @@ from cfm_train.errors import UserError
 ITEM = "<item>"
 #: A reference that is itself the item, as JSON: a table's row, a series.
 INLINE = "json:"
+#: The modality of which a row without an item is one itself, but for the text that is said of it.
+WHOLE = "table"
 
 
 def rows_of(
@@ -41,12 +43,14 @@ def rows_of(
     Raises:
         UserError: the line has none of the forms.
     """
+    messages = values.get("messages", values.get("conversations"))
     found: list[tuple[str, Any]] = []
     for kind in modalities:
         given = values.get(kind, values.get("item") if len(modalities) == 1 else None)
+        if given is None and messages is None and list(modalities) == [WHOLE]:
+            given = {name: value for name, value in values.items() if name != section["text"]}
         if given is not None:
             found += [(kind, one) for one in (given if _is_list_of_items(given) else [given])]
-    messages = values.get("messages", values.get("conversations"))
     if messages is not None:
         turns, more = _turns(messages, at, modalities)
         found += more

@@ -59,14 +59,15 @@ def check(config: dict[str, Any]) -> Inputs:
     resolve_mode(config["tracking"]["mode"])
     selection = select(config)
     encoders = encoders_of(selection, config["encoder"])
-    rows, reader = read_asked(selection, encoders, config["data"])
+    rows, reader = read_asked(selection, encoders, {**config["data"], "limit": None})
     first: dict[tuple[str, ...], Row] = {}
     references: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
         key = tuple(row["text"])
         first.setdefault(key, row)
         references.setdefault(key, []).append(answer_of(row))
-    if len(first) < 2:
+    limit = config["data"]["limit"]  # of items, not of texts
+    if len(list(first)[:limit]) < 2:
         raise UserError(
             "data.items: CIDEr weighs words by how few items they are said of, and there is one "
             "item: give two or more."
@@ -76,8 +77,8 @@ def check(config: dict[str, Any]) -> Inputs:
     return Inputs(
         selection,
         encoders,
-        list(first.values()),
-        list(references.values()),
+        list(first.values())[:limit],
+        list(references.values())[:limit],
         reader,
         fingerprints,
     )

@@ -302,6 +302,10 @@ def test_items_that_stand_within_their_rows(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"table": {"b": 1, "a": 2}, "text": "c"}')
     (row,) = check_items(section, "table", "x")[0].rows["train"]
     assert row["_items"] == ['json:{"a":2,"b":1}']
+    (tmp_path / "rows.csv").write_text("a,b,text\n2,,c\n")
+    whole = section | {"items": str(tmp_path / "rows.csv")}
+    (row,) = check_items(whole, "table", "x")[0].rows["train"]
+    assert row["_items"] == ['json:{"a":"2","b":""}'] and row["answer"] == "c"
     parts = [{"type": "table", "table": {"a": 2}}, {"type": "text", "text": "What?"}]
     messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "c"}]
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": messages}))
