@@ -64,8 +64,9 @@ def main() -> None:
         f"data.items={files['train']}",
         f"data.test={files['test']}",
         images,
-        "trainer.max_steps=300",
-        "trainer.validate_every=25",
+        "trainer.max_steps=100",
+        "trainer.validate_every=20",
+        "data.validation_fraction=0.1",
         *chosen.set,
     )
     said = command(

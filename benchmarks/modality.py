@@ -48,8 +48,8 @@ class Task:
 TASKS = {
     "digits": Task(("connector=linear",), 400, 0.93),
     "cifar10": Task(("connector=linear",), 800, 0.67),
-    "mnist": Task(("connector=mlp", "connector.inner=512", "trainer.weight_decay=0.1"), 1200, 0.95),
-    "nlvr": Task(("connector=mlp", "connector.tokens=1"), 300, None, probe=False),
+    "mnist": Task(("connector=mlp", "connector.inner=512", "connector.tokens=2"), 800, 0.95),
+    "nlvr": Task(("connector=mlp", "connector.tokens=2"), 150, None, probe=False),
 }
 
 
@@ -59,7 +59,7 @@ def rows_of(task: str, shared: Path, out: Path) -> tuple[dict[str, Path], str, l
     root = shared / "data"
     if task == "nlvr":
         archive = _nlvr(root / "images", out, rows)
-        encoder = ["encoder=patches", "encoder.size=30", "encoder.patch=10"]
+        encoder = ["encoder=patches", "encoder.size=20", "encoder.patch=20"]
     else:
         if task == "digits":
             archive, key = root / "audio" / "fsdd_subset.zip", "audio"

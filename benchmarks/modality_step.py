@@ -113,6 +113,7 @@ class Bench:
                 turn.losses.append(outputs["train/loss"])
 
         folder = self.folder / f"turn{time.monotonic_ns()}"
+        folder.mkdir(parents=True)
         with tracked(self.config, folder) as wandb:
             fit(
                 self.backbone,
@@ -175,6 +176,7 @@ class Bench:
                 inputs_embeds=embedded,
                 attention_mask=batch["attention_mask"],
                 logits_to_keep=places,
+                use_cache=False,
             ).logits
             loss = F.cross_entropy(logits.flatten(0, 1), wanted[:, places].flatten())
             optimizer.zero_grad()
