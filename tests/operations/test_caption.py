@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 
 from cfm_train.launch.cli import main
 from cfm_train.modality.asking import Sense, alike, asked_ids, features_of_rows, said_ids
-from cfm_train.modality.encoding import row_ids, shuffled
+from cfm_train.modality.encoding import given, row_ids, shuffled
 from cfm_train.modality.items import Reader, check_items, read_rows
 from cfm_train.modality.scoring import class_scores
 from cfm_train.modality.writing import generate, write_texts
@@ -154,15 +153,12 @@ def test_messages_with_items_of_two_modalities_are_scored_as_whole_texts(items: 
 def test_prompts_of_one_length_are_written_to_together_as_one_by_one() -> None:
     backbone, senses = tiny("llama"), two_senses()
     eyes = senses["image"].brick
-    rows: list[Any] = [SimpleNamespace(at=i) for i in range(3)]
     prompts = [[5 + i, *[eyes.sentinel] * eyes.count(2), 7] for i in range(3)]
     draw = np.random.default_rng(1)
     features = draw.standard_normal((3, 2, WIDTH)).astype(np.float32)
-    from cfm_train.modality.encoding import given
-
     with backbone.slots.plugged([eyes]):
         together = write_texts(backbone, prompts, given("image", [[f] for f in features]), 5)
-        for i in range(len(rows)):
+        for i in range(3):
             alone = generate(backbone, prompts[i], given("image", [[features[i]]]), 5)
             assert together[i] == alone
     assert list(alike([[1], [1, 2], [3], [4]], 2)) == [[0, 2], [3], [1]]
@@ -176,7 +172,7 @@ def test_several_images_and_vectors_are_classified_and_asked(
     shutil.copytree(folder("llama"), "lm")
     rows, other = [], []
     for i in range(12):
-        np.save(f"img/v{i}.npy", np.full(3, i % 2, np.float32))
+        np.save(f"img/v{i}.npy", np.array([i % 2, i, 0], np.float32))
         asked = message("user", f"image:img/{i}.npy", f"image:img/{i + 1}.npy", " w8 ",
                         f"features:img/v{i}.npy")  # fmt: skip
         rows.append(json.dumps({"messages": [asked, message("assistant", ("w5", "w6")[i % 2])]}))
