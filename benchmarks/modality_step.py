@@ -210,8 +210,8 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--backbone", type=Path)
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=10)
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
     shared = chosen.shared.absolute()
@@ -226,7 +226,7 @@ def main() -> None:
             *encoder,
             f"data.items={files['train']}",
             f"data.root={root}",
-            "data.limit=1280",
+            "data.limit=640",
             "data.validation_fraction=0",
             "data.test_fraction=0",
             f"trainer.max_steps={chosen.steps}",
