@@ -30,6 +30,8 @@ ELSEWHERE = {
     "generate": "operations/test_align.py",
     "merge/models": "merging/whole_models.py",
     "modality/align": "operations/test_align.py",
+    "modality/caption": "operations/test_caption.py",
+    "modality/instruct": "operations/test_instruct.py",
     "modality/classify": "operations/test_align.py",
     "quickstart": "operations/test_tracked_runs.py",
 }

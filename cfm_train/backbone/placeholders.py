@@ -98,6 +98,12 @@ class Placeholders:
             )
         return embedded
 
+    def watch(self, ids: Tensor | None, past: int) -> None:
+        """Tells the plugs that ask for it of a pass that begins, see `plugs.Tokens`."""
+        for plug, _ in self.plugs:
+            if plug.watch is not None:
+                plug.watch(None if ids is None else ids == plug.sentinel, past)
+
 
 def _spread(rows: Tensor, batch: int) -> Tensor:
     return rows.repeat_interleave(batch // len(rows)) if len(rows) else rows

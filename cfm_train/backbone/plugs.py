@@ -127,11 +127,15 @@ class Tokens:
     embedding keeps its size. ``read`` is called in each pass that holds placeholders; it gives the
     embeddings ``[tokens, hidden]`` of all rows of the batch behind each other, and how many belong
     to each row. Rows of weight 0 must have no placeholder of this kind.
+
+    ``watch`` is called as every pass begins, after ``read``: where the ids are this placeholder,
+    bool ``[batch, seq]`` (None for a pass without ids), and how many tokens the cache holds.
     """
 
     site: str
     sentinel: int
     read: Callable[[], tuple[Tensor, list[int]]]
+    watch: Callable[[Tensor | None, int], None] | None = None
 
 
 Plug = Together | Out | In | KV | Prompt | Tokens

@@ -106,6 +106,8 @@ class Stack:
         across = self.feeds is not None and bool(self.feeds.tokens)
         ids = kwargs.get("input_ids")
         filled = self.items.embedded(ids, self.embed) if self.items and ids is not None else None
+        if self.items:
+            self.items.watch(ids, 0 if cache is None else int(cache.get_seq_length()))
         if filled is not None:
             kwargs |= {"input_ids": None, "inputs_embeds": filled}
         if not (self.tokens or self.moved or noted is not None or across):

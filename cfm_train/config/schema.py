@@ -17,6 +17,7 @@ from cfm_train.config.section import Section
 from cfm_train.config.sections import (
     SHA256,
     Architecture,
+    AskedItems,
     Asking,
     Backbone,
     Brick,
@@ -35,6 +36,7 @@ from cfm_train.config.sections import (
     FeatureCache,
     Intervals,
     Items,
+    MoreItems,
     Objective,
     PredictionData,
     Teaching,
@@ -123,6 +125,31 @@ class Classify(Run):
     evaluation: Intervals
 
 
+class Caption(Run):
+    """Let a language model say what it sees or hears, scored against what people said."""
+
+    backbone: Backbone | None
+    bricks: list[str]
+    encoder: dict[str, Any] | None
+    data: AskedItems
+    max_new_tokens: Positive
+    cache: FeatureCache
+    evaluation: Intervals
+
+
+class Instruct(Run):
+    """Train a brick beside an aligned modality brick."""
+
+    backbone: Backbone | None
+    brick: Brick
+    bricks: list[str]
+    encoder: dict[str, Any] | None
+    data: MoreItems
+    cache: FeatureCache
+    trainer: Trainer
+    evaluation: Intervals
+
+
 class Generate(Run):
     """Let a language model with bricks answer a prompt."""
 
@@ -133,6 +160,9 @@ class Generate(Run):
     image: str | None
     audio: str | None
     features: str | None
+    series: str | None
+    table: str | None
+    item: str | None
     max_new_tokens: Positive
 
 
@@ -276,7 +306,9 @@ OPERATIONS: dict[str, type[Run]] = {
     "study": Study,
     "pretrain": Pretrain,
     "align": Align,
+    "instruct": Instruct,
     "classify": Classify,
+    "caption": Caption,
     "generate": Generate,
     "evaluate": Evaluate,
     "predict": Predict,

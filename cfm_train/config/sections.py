@@ -82,16 +82,27 @@ class Items(Section):
     limit: Positive | None
 
 
-class ClassItems(Section):
-    """Items to put into classes, each with its right one."""
+class MoreItems(Items):
+    """Items for a brick that was trained before, asked as it was where ``prompt`` is null."""
+
+    prompt: Text | None  # type: ignore[assignment]
+
+
+class AskedItems(Section):
+    """Items that finished bricks are asked about, with what is right."""
 
     items: str
     root: str | None
     text: str
-    classes: list[str] | None
     prompt: Text | None
     max_length: Positive
     limit: Positive | None
+
+
+class ClassItems(AskedItems):
+    """Items to put into classes, each with its right one."""
+
+    classes: list[str] | None
 
 
 class FeatureCache(Section):

@@ -8,8 +8,9 @@ so that a class's name has the same tokens in training and when it is scored.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -113,7 +114,8 @@ def encode_items(
     held = [hashes(row) for row in rows] if held is None else held
     truncated = 0
     for row, items in zip(rows, held, strict=True):
-        tokens, marks = row_ids(row, items, tokenizer, placeholder)
+        queue = [placeholder.tokens(item) for item in items]
+        tokens, marks = row_ids(row, {f"<{placeholder.modality}>": queue}, tokenizer)
         if len(tokens) > max_length:
             truncated += 1
             lost = placeholder.sentinel in tokens[max_length:]
@@ -135,22 +137,27 @@ def encode_items(
 
 
 def row_ids(
-    row: Row, items: Sequence[str], tokenizer: Any, placeholder: Placeholder
+    row: Row, held: Mapping[str, list[list[int]]], tokenizer: Any
 ) -> tuple[list[int], list[int]]:
-    """Token ids of one row and its labels."""
-    queue = [placeholder.tokens(item) for item in items]
-    marker = f"<{placeholder.modality}>"
+    """Token ids of one row and its labels.
+
+    Args:
+        row: see `cfm_train.modality.items`.
+        held: marker -> the ids of its items, in order; as many as the row has markers.
+        tokenizer: the backbone's.
+    """
     if "turns" not in row:
-        front = prompt_ids(row["prompt"], tokenizer, {marker: queue})
+        front = prompt_ids(row["prompt"], tokenizer, held)
         answer = answer_ids(row["prompt"], row["answer"], tokenizer)
         return [*front, *answer], [*([IGNORED] * len(front)), *answer]
+    queues = {marker: list(items) for marker, items in held.items()}
     text, spans = answer_spans(row["turns"], tokenizer)
     tokens = [] if tokenizer.chat_template else special_prefix(tokenizer)
     marks = [IGNORED] * len(tokens)
     at = 0
-    for piece in re.split(f"({re.escape(marker)})", text):
-        if piece == marker:
-            one = queue.pop(0)
+    for piece in _pieces(text, list(held), [start for start, _ in spans]):
+        if piece in queues:
+            one = queues[piece].pop(0)
             tokens, marks = tokens + one, marks + [IGNORED] * len(one)
         elif piece:
             found = tokenizer(
@@ -164,7 +171,16 @@ def row_ids(
     return tokens, marks
 
 
-def prompt_ids(prompt: str, tokenizer: Any, held: dict[str, list[list[int]]]) -> list[int]:
+def _pieces(text: str, markers: Sequence[str], cuts: Sequence[int]) -> Iterator[str]:
+    """A text cut at its markers, which are pieces of their own, and at some characters."""
+    at = 0
+    for piece in re.split(f"({'|'.join(map(re.escape, markers)) or '(?!)'})", text):
+        ends = [0, *(cut - at for cut in cuts if at < cut < at + len(piece)), len(piece)]
+        yield from (piece[a:b] for a, b in pairwise(ends))
+        at += len(piece)
+
+
+def prompt_ids(prompt: str, tokenizer: Any, held: Mapping[str, list[list[int]]]) -> list[int]:
     """The ids of a prompt.
 
     Args:
@@ -174,7 +190,7 @@ def prompt_ids(prompt: str, tokenizer: Any, held: dict[str, list[list[int]]]) ->
     """
     queues = {marker: list(items) for marker, items in held.items()}
     tokens = special_prefix(tokenizer)
-    for piece in re.split("|".join(f"({re.escape(m)})" for m in queues) or "(?!)", prompt):
+    for piece in _pieces(prompt, list(held), []):
         if piece in queues:
             tokens += queues[piece].pop(0)
         elif piece:
@@ -207,16 +223,40 @@ def special_prefix(tokenizer: Any) -> list[int]:
 def shuffled(rows: list[Row], seed: int) -> list[list[str]]:
     """Other rows' items for every row: a control that a connector must do worse on.
 
-    Rows swap with rows that have as many items, never with themselves where there are two.
+    Rows get the items of a row that has as many of each modality, those about the same items the
+    same; where there is no such row, items of any others, one by one.
+
+    Args:
+        rows: about two items or more, else each keeps its own.
+        seed: decides who swaps.
     """
-    held = [hashes(row) for row in rows]
-    groups: dict[int, list[int]] = {}
-    for i, items in enumerate(held):
-        groups.setdefault(len(items), []).append(i)
+    groups: dict[tuple[str, ...], dict[tuple[str, ...], list[int]]] = {}
+    for i, row in enumerate(rows):
+        alike = groups.setdefault(tuple(row["_kinds"]), {})
+        alike.setdefault(tuple(hashes(row)), []).append(i)
     draw = np.random.default_rng(seed)
-    other = list(held)
-    for members in groups.values():
-        order = [members[i] for i in draw.permutation(len(members))]
+    other: list[list[str]] = [[] for _ in rows]
+    for kinds, alike in groups.items():
+        known = list(alike)
+        order = [known[i] for i in draw.permutation(len(known))]
         for here, there in zip(order, [*order[1:], order[0]], strict=True):
-            other[here] = held[there]
+            given_instead = list(there) if here != there else _any_others(here, kinds, rows, draw)
+            for i in alike[here]:
+                other[i] = given_instead
     return other
+
+
+def _any_others(
+    items: Sequence[str], kinds: Sequence[str], rows: list[Row], draw: np.random.Generator
+) -> list[str]:
+    """For each item another of its modality; itself where there is none."""
+    found = []
+    for item, kind in zip(items, kinds, strict=True):
+        free = [
+            one
+            for row in rows
+            for one, its in zip(hashes(row), row["_kinds"], strict=True)
+            if its == kind and one not in items
+        ]
+        found.append(free[draw.integers(len(free))] if free else item)
+    return found

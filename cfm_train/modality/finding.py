@@ -1,13 +1,13 @@
 """Who an encoder is, told before torch: its folder, and a fingerprint of all that decides features.
 
 The fingerprint covers the kind, every parameter but the path, and the content of the files that the
-encoder reads; so the same model in another folder is the same encoder.
+encoder reads; so the same model in another folder is the same encoder. Of code that a person names
+(`targets`) it covers the source, and the weights of a module.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from cfm_train.backbone.fingerprint import file_hash
 from cfm_train.config import signature
 from cfm_train.errors import UserError, nearest
 from cfm_train.library.card import canonical
+from cfm_train.modality.targets import find_target, weights_hash
 
 if TYPE_CHECKING:
     from cfm_train.modality.encoders.encoder import Encoder
@@ -74,7 +75,8 @@ def find_encoder(section: Mapping[str, Any]) -> FoundEncoder:
     content: dict[str, Any] = {k: v for k, v in section.items() if k != "path"}
     content |= {"format": FORMAT, "files": _files(folder)}
     if section.get("target"):
-        content["source"] = file_hash(_source(str(section["target"])))
+        target = find_target(str(section["target"]))
+        content |= {"source": file_hash(target.file), "weights": weights_hash(target)}
     digest = hashlib.sha256(canonical(content).encode()).hexdigest()
     facts = signature.constants(ROOM, kind, "Encoder")
     modality = section.get("modality") or facts.get("modality", "image")
@@ -102,18 +104,3 @@ def _files(folder: Path | None) -> dict[str, str]:
             "save_pretrained() wrote."
         )
     return {file.name: file_hash(file) for file in [*files, *weights]}
-
-
-def _source(target: str) -> Path:
-    """The Python file that ``module:name`` names."""
-    module, colon, _ = target.partition(":")
-    try:
-        found = importlib.util.find_spec(module) if colon and module else None
-    except (ImportError, ValueError):
-        found = None
-    if found is None or not found.origin or not Path(found.origin).is_file():
-        raise UserError(
-            f"encoder.target={target}: there is no such module; write module:name of something "
-            "that Python can import here."
-        )
-    return Path(found.origin)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cfm_train.backbone.load import Backbone
+from cfm_train.bricks.brick import Brick
 from cfm_train.data.encode import TaskData
 from cfm_train.data.sources import Checked
 from cfm_train.evaluation.evaluator import predict
@@ -40,7 +41,8 @@ class Judged:
 def judge(
     config: Mapping[str, Any],
     backbone: Backbone,
-    brick: Modality,
+    brick: Brick,
+    eyes: Modality,
     task: TaskData,
     other: ItemRows | None,
     checked: Checked,
@@ -51,19 +53,21 @@ def judge(
     Args:
         config: of the run: ``seed``, ``evaluation``, ``trainer.samples``.
         backbone: nothing plugged.
-        brick: the brick.
+        brick: what was trained.
+        eyes: the modality brick in it, which must do nothing to text; a LoRA beside it may.
         task: the splits as token numbers.
-        other: the test rows with each other's items; None without test rows.
+        other: the test rows with each other's items; None for fewer than two test rows.
         checked: the rows.
         bare: what `bare_text` gave before the brick was built.
     """
     figures: dict[str, dict[str, Any]] = {}
     samples: list[dict[str, Any]] = []
-    if other is not None:
+    if task.test is not None:
         assert isinstance(task.test, ItemRows)
         losses = {}
+        arms = {"test": task.test} | ({} if other is None else {"shuffled": other})
         with backbone.slots.plugged([brick]):
-            for name, rows in (("test", task.test), ("shuffled", other)):
+            for name, rows in arms.items():
                 answers = predict(backbone, None, task.spec, rows)
                 scores = answers.scores(
                     bootstrap=config["evaluation"]["bootstrap"], seed=config["seed"]
@@ -73,14 +77,17 @@ def judge(
                     [s / max(1, n) for _, (s, n) in sorted(answers.losses.items())]
                 )
             samples = write_answers(backbone, task.test, config["trainer"]["samples"])
-        gain = paired_interval(
-            losses["shuffled"],
-            losses["test"],
-            bootstrap=config["evaluation"]["bootstrap"],
-            seed=config["seed"],
-        )
-        figures["gain over shuffled/loss"] = gain.as_dict()
-    with backbone.slots.plugged([brick]):
+        if other is None:
+            print("test: one row has no other's items to swap with, so there is no control.")
+        else:
+            gain = paired_interval(
+                losses["shuffled"],
+                losses["test"],
+                bootstrap=config["evaluation"]["bootstrap"],
+                seed=config["seed"],
+            )
+            figures["gain over shuffled/loss"] = gain.as_dict()
+    with backbone.slots.plugged([eyes]):
         moved = float((bare_text(backbone, checked) - bare).abs().max())
     same = torch.equal(bare_text(backbone, checked), bare)
     return Judged(

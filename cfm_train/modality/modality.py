@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from cfm_train.backbone.plugs import Tokens
+from cfm_train.backbone.plugs import Plug, Tokens
 from cfm_train.bricks.brick import Brick
 from cfm_train.errors import UserError
 from cfm_train.modality.connectors.connector import make_connector
@@ -63,7 +63,6 @@ class Modality(Brick):
                 "choose one that can go on after an item."
             )
         site = backbone.sites["embed"]
-        self.site_names = (site.name,)
         weight = backbone.model.get_submodule(site.module).weight
         assert isinstance(weight, Tensor)
         scale = float(weight[:4096].float().std())
@@ -72,6 +71,7 @@ class Modality(Brick):
         self.register_buffer("deviation", torch.ones(width))
         self.connector = make_connector(self.hyper["connector"])
         self.connector.build(width, site.out_features, scale)
+        self.site_names = (site.name, *self.connector.attach(backbone))
         if self.hyper["tags"]:
             self.tags = nn.Parameter(scale * torch.randn(2, site.out_features))
         return self.to(backbone.device)
@@ -143,6 +143,12 @@ class Modality(Brick):
             at += count
         return tokens[there], counts
 
-    def plugs(self) -> Iterable[Tokens]:
-        """One plug in place of the placeholders."""
-        yield Tokens(self.site_names[0], self.sentinel, self.read)
+    def _watch(self, here: Tensor | None, past: int) -> None:
+        """Tells the connector of a pass that begins."""
+        items = [] if self._given is None else self._given[2]
+        self.connector.look(here, past, items, 2 if self.hyper["tags"] else 0)
+
+    def plugs(self) -> Iterable[Plug]:
+        """One plug in place of the placeholders, and what the connector has elsewhere."""
+        yield Tokens(self.site_names[0], self.sentinel, self.read, self._watch)
+        yield from self.connector.plugs()

@@ -2,6 +2,7 @@
 
 stage    trained                          frozen
 align    the connector, its tags          encoder, language model
+instruct the same, and a brick beside it  encoder, language model
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import nn
 #: Stage -> part of the run -> beginnings of the names of the parameters that are trained.
 STAGES: dict[str, dict[str, tuple[str, ...]]] = {
     "align": {"brick": ("connector.", "tags")},
+    "instruct": {"brick": ("connector.", "tags"), "beside": ("",)},
 }
 
 

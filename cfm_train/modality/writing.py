@@ -46,16 +46,23 @@ def write_answers(
     return samples
 
 
-@torch.inference_mode()
 def generate(
     backbone: Backbone, prompt: Sequence[int], batch: Mapping[str, Any], limit: int
 ) -> str:
-    """What the backbone, as it is plugged, writes after a prompt.
+    """What the backbone, as it is plugged, writes after one prompt, see `write_texts`."""
+    return write_texts(backbone, [prompt], batch, limit)[0]
+
+
+@torch.inference_mode()
+def write_texts(
+    backbone: Backbone, prompts: Sequence[Sequence[int]], batch: Mapping[str, Any], limit: int
+) -> list[str]:
+    """What the backbone, as it is plugged, writes after some prompts, greedily.
 
     Args:
         backbone: the language model.
-        prompt: token ids, placeholders among them.
-        batch: the features of the prompt's items, see `Modality.take`.
+        prompts: token ids, placeholders among them; all of one length.
+        batch: the features of the prompts' items, see `Modality.take`.
         limit: most new tokens.
 
     Raises:
@@ -67,7 +74,7 @@ def generate(
             "cannot go on after a prompt; recipe=predict has the answers of its bricks."
         )
     tokenizer = backbone.tokenizer
-    ids = torch.tensor([list(prompt)], device=backbone.device)
+    ids = torch.tensor([list(prompt) for prompt in prompts], device=backbone.device)
     backbone.slots.take(batch)
     written = backbone.model.generate(
         input_ids=ids,
@@ -77,4 +84,5 @@ def generate(
         num_beams=1,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return str(tokenizer.decode(written[0, len(prompt) :], skip_special_tokens=True)).strip()
+    texts = tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
+    return [str(text).strip() for text in texts]

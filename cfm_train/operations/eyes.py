@@ -1,18 +1,25 @@
-"""What runs with finished modality bricks share: the bricks opened, and the encoders they need."""
+"""What runs with finished modality bricks share: the bricks opened, the encoders they need, and the
+rows that they are asked about, with the features of their items.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cfm_train.data.rows import Row
 from cfm_train.errors import UserError
 from cfm_train.library.card import Card
 from cfm_train.modality.finding import FoundEncoder, find_encoder
+from cfm_train.modality.items import Reader, hashes, read_rows
+from cfm_train.operations.align import open_cache
 from cfm_train.operations.selection import Selection
 
 if TYPE_CHECKING:
     from cfm_train.backbone.load import Backbone
     from cfm_train.bricks.brick import Brick
+    from cfm_train.modality.asking import Sense
     from cfm_train.modality.modality import Modality
 
 KIND = "modality"
@@ -75,3 +82,71 @@ def open_bricks(
     for place, brick in enumerate(reading.values()):
         brick.sentinel = SENTINEL - place
     return bricks, reading
+
+
+def read_asked(
+    selection: Selection, encoders: Mapping[str, FoundEncoder], data: Mapping[str, Any]
+) -> tuple[list[Row], Reader]:
+    """The rows that bricks are asked about, and what reads their items.
+
+    Args:
+        selection: the bricks.
+        encoders: see `encoders_of`.
+        data: the run's ``data`` section; without ``prompt`` that of the first modality brick's
+            training counts.
+
+    Raises:
+        UserError: no brick reads a modality, or a row cannot be used.
+    """
+    if not encoders:
+        raise UserError(
+            "bricks names no modality brick, which items need: train one with "
+            "recipe=modality/align."
+        )
+    prompt = data["prompt"]
+    if prompt is None:
+        trained = selection.cards[next(iter(encoders))].recipe.get("data", {})
+        prompt = trained.get("prompt", "<item>")
+    place = Path(data["items"]).expanduser()
+    reader = Reader(data["root"], place if place.is_dir() else place.parent)
+    kinds = [encoder.modality for encoder in encoders.values()]
+    rows = read_rows(data["items"], {**data, "prompt": prompt}, kinds, reader)
+    return rows[: data["limit"]], reader
+
+
+def open_senses(
+    config: Mapping[str, Any],
+    encoders: Mapping[str, FoundEncoder],
+    reading: Mapping[str, Modality],
+    rows: Sequence[Row],
+    reader: Reader,
+) -> dict[str, Sense]:
+    """The modalities of a run by name, the features of all rows' items in their caches.
+
+    Args:
+        config: ``cache``.
+        encoders: see `encoders_of`.
+        reading: see `open_bricks`.
+        rows: the rows.
+        reader: reads their items.
+
+    Raises:
+        UserError: an item cannot be read, or the features would take too much.
+    """
+    from cfm_train.modality.asking import Sense
+
+    senses = {}
+    for ref, brick in reading.items():
+        encoder, cache = encoders[ref], open_cache(dict(config), encoders[ref])
+        want = {
+            item: (reference, row["_at"])
+            for row in rows
+            for item, reference, kind in zip(hashes(row), row["_items"], row["_kinds"], strict=True)
+            if kind == brick.modality
+        }
+        if any(item not in cache.index for item in want):
+            opened = encoder.open().to(brick.get_buffer("mean").device)
+            limit = config["cache"]["limit_gb"]
+            cache.fill(opened, want, reader.read, limit, encoder.describe())
+        senses[brick.modality] = Sense(brick, cache)
+    return senses

@@ -15,8 +15,8 @@ from cfm_train.tracking.wandb_setting import resolve_mode
 #: A finished run is run again: what a person wants is the answer.
 AGAIN = True
 
-#: The keys that name a file, and what its item is called.
-MODALITIES = ("image", "audio", "features")
+#: The keys that name a file, and what its item is called; ``item`` stands for any other name.
+MODALITIES = ("image", "audio", "features", "series", "table", "item")
 
 
 @dataclass(frozen=True)
@@ -52,17 +52,17 @@ def check(config: dict[str, Any]) -> Inputs:
     known = {encoder.modality for encoder in encoders.values()}
     prompt, items = config["prompt"], {}
     fingerprints = dict(selection.fingerprints)
-    for modality in MODALITIES:
-        if config[modality] is None:
+    for key, modality in _called(known).items():
+        if config[key] is None:
             if f"<{modality}>" in prompt and modality in known:
-                raise UserError(f"The prompt asks for <{modality}>: give {modality}=FILE.")
+                raise UserError(f"The prompt asks for <{modality}>: give {key}=FILE.")
             continue
         if modality not in known:
             what = f"they read {' and '.join(sorted(known))}" if known else "none reads anything"
-            raise UserError(f"{modality}: no brick reads <{modality}>; {what} but text.")
-        path = Path(config[modality]).expanduser()
+            raise UserError(f"{key}: no brick reads <{modality}>; {what} but text.")
+        path = Path(config[key]).expanduser()
         if not path.is_file():
-            raise UserError(f"{modality}: there is no file {path}.")
+            raise UserError(f"{key}: there is no file {path}.")
         items[modality] = path.read_bytes()
         fingerprints[modality] = hashlib.sha256(items[modality]).hexdigest()
         marker = f"<{modality}>"
@@ -71,6 +71,13 @@ def check(config: dict[str, Any]) -> Inputs:
         if prompt.count(marker) > 1:
             raise UserError(f"The prompt has several {marker}, and there is one file.")
     return Inputs(selection, encoders, items, prompt, fingerprints)
+
+
+def _called(known: set[str]) -> dict[str, str]:
+    """Key -> what its item is called; ``item`` is what the one brick of another name reads."""
+    others = sorted(known - set(MODALITIES))
+    names = {key: key for key in MODALITIES}
+    return names | ({"item": others[0]} if len(others) == 1 else {})
 
 
 def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
@@ -91,7 +98,8 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
         if brick.modality not in inputs.items:
             continue
         encoder = inputs.encoders[ref].open().to(backbone.device)
-        item = encoder.load(inputs.items[brick.modality], str(config[brick.modality]))
+        key = brick.modality if brick.modality in MODALITIES else "item"
+        item = encoder.load(inputs.items[brick.modality], str(config[key]))
         features, mask = encoder.encode([item])
         found = features[0][mask[0]].cpu().numpy()
         batch |= given(brick.modality, [[found]])

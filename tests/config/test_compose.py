@@ -37,7 +37,8 @@ SECTIONS = {
     "evaluation": sections.Evaluation,
     "tracking": sections.Tracking,
 }
-NEED_A_PATH = (("backbone", "hf"), ("encoder", "vision"), ("encoder", "speech"))
+NEED_A_PATH = {("backbone", "hf"), *(("encoder", n) for n in ("vision", "speech", "patchtst"))}
+NEED_NUMBERS = {("encoder", "vectors"), ("encoder", "callable")}
 OPTIONS = [(group, name) for group, options in groups().items() for name in options]
 
 
@@ -63,7 +64,8 @@ def test_every_option_fits_its_schema(group: str, name: str) -> None:
     assert groups()[group][name].purpose
     given = {"name": "x"} if (group, name) == ("data", "custom") else {}
     given |= {"path": "x"} if (group, name) in NEED_A_PATH else {}
-    given |= {"numbers": 8} if (group, name) == ("encoder", "vectors") else {}
+    given |= {"numbers": 8} if (group, name) in NEED_NUMBERS else {}
+    given |= {"target": "a.b"} if (group, name) == ("encoder", "callable") else {}
     given |= {"learning_rate": 0.1} if group == "trainer" else {}
     if group == "sparsify":
         complete("linear", {"sparsify": name})

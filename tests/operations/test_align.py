@@ -6,7 +6,6 @@ import io
 import itertools
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -14,7 +13,6 @@ import sys
 import time
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -30,54 +28,10 @@ from cfm_train.modality.items import Reader, check_items
 from cfm_train.modality.scoring import class_scores
 from cfm_train.modality.writing import generate
 from tests.backbones import folder, randomise, tiny
+from tests.coloured_items import ALIGN, run
 from tests.peft_tuners import section
 
-COLOURS = {"w5": (255, 0, 0), "w6": (0, 255, 0), "w7": (0, 0, 255)}
 PATCHES = {"kind": "patches", "size": 16, "patch": 8}
-ALIGN = [
-    "recipe=modality/align",
-    "name=eyes",
-    "backbone=hf",
-    "encoder=patches",
-    "encoder.size=16",
-    "connector.tokens=1",
-    "data.items=items.jsonl",
-    "data.test_fraction=0.3",
-    "trainer.precision=float32",
-    "trainer.samples=1",
-    "evaluation.bootstrap=20",
-    "tracking=disabled",
-]
-
-
-def image(word: str, draw: np.random.Generator) -> np.ndarray:
-    """An image in the colour of a word, with noise."""
-    base = np.zeros((16, 16, 3), np.uint8) + np.array(COLOURS[word], np.uint8) // 2
-    return base + draw.integers(0, 60, (16, 16, 3)).astype(np.uint8)
-
-
-@pytest.fixture
-def items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Thirty images with the word for their colour, and a cache of the test's own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CFM_CACHE", str(tmp_path / "cache"))
-    draw, rows = np.random.default_rng(0), []
-    (tmp_path / "img").mkdir()
-    for i in range(30):
-        word = random.Random(i).choice(list(COLOURS))
-        np.save(f"img/{i}.npy", image(word, draw))
-        rows.append(json.dumps({"image": f"img/{i}.npy", "text": word}))
-    (tmp_path / "items.jsonl").write_text("\n".join(rows))
-    return tmp_path
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[dict[str, Any], str]:
-    """A command in this process: its record, and what it printed."""
-    code = main(list(arguments))
-    out = capsys.readouterr()
-    assert code == 0, out.err[-3000:]
-    record = Path(out.out.splitlines()[-1].removeprefix("record: "))
-    return json.loads(record.read_text()), out.out
 
 
 def test_a_connector_learns_classifies_and_is_asked(
@@ -122,6 +76,83 @@ def test_a_connector_learns_classifies_and_is_asked(
     short = ["recipe=modality/classify", "bricks=[eyes]", "data.items=items.jsonl"]
     assert main([*short, "data.max_length=4", "tracking=disabled"]) == 2
     assert "items.jsonl:1: its items, its prompt and a class take" in capsys.readouterr().err
+
+
+WITHIN = {
+    "series": ["encoder.patch=4", "encoder.stride=4", "connector=window_qformer",
+               "connector.window=2", "connector.layers=1", "connector.ff=16"],
+    "table": ["encoder.numbers={age: [0, 100]}", "encoder.texts=[town]",
+              "connector=gated_cross_attention", "connector.every=1", "connector.depth=1"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WITHIN)
+def test_items_that_stand_within_their_rows_are_learned(
+    kind: str, items: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Series and table rows, through windows and from inside the layers; asked by file."""
+    shutil.copytree(folder("llama"), "lm")
+    draw, rows = np.random.default_rng(0), []
+    for i in range(40):
+        sign = (-1, 1)[i % 2]
+        series = (sign * np.arange(12) + draw.normal(0, 0.5, 12)).round(3).tolist()
+        table = {"age": 50 + sign * int(draw.integers(10, 50)), "town": f"w{draw.integers(9)}"}
+        item = {"series": series, "table": table}[kind]
+        rows.append(json.dumps({kind: item, "text": ("w5", "w6")[i % 2]}))
+    Path("items.jsonl").write_text("\n".join(rows))
+    kept = [one for one in ALIGN if not one.startswith(("encoder", "connector"))]
+    record, _ = run(
+        capsys,
+        *kept,
+        "backbone.path=./lm",
+        f"encoder={kind}",
+        *WITHIN[kind],
+        "connector.tokens=2",
+        "connector.inner=16",
+        "connector.heads=2",
+        "cache.dtype=float32",
+        "trainer.max_steps=60",
+        "trainer.rows_per_batch=16",
+        "trainer.learning_rate=1e-2",
+    )
+    assert all(check["passed"] for check in record["checks"].values())
+    assert record["metrics"]["gain over shuffled/loss"]["value"] > 0.3
+    more = ["bricks=[eyes]", "tracking=disabled"]
+    classed, _ = run(
+        capsys,
+        "recipe=modality/classify",
+        "data.items=items.jsonl",
+        "cache.dtype=float32",
+        "evaluation.bootstrap=20",
+        *more,
+    )
+    assert classed["metrics"]["test/accuracy"]["value"] > 0.9
+    Path("one.json").write_text(json.dumps(json.loads(rows[0])[kind]))
+    given = [f"prompt=<{kind}>", f"{kind}=one.json", "max_new_tokens=3"]
+    asked, _ = run(capsys, "recipe=generate", *given, *more)
+    assert asked["samples"][0]["prediction"].split()[0] == "w5"
+
+
+def test_one_test_row_has_no_control(items: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its items cannot be swapped with another row's."""
+    shutil.copytree(folder("llama"), "lm")
+    (items / "one.jsonl").write_text((items / "items.jsonl").read_text().splitlines()[0])
+    short = ["backbone.path=./lm", "data.test=one.jsonl", "trainer.max_steps=2"]
+    record, out = run(capsys, *ALIGN, *short)
+    assert [name for name in record["metrics"] if name.startswith("test")] == ["test/loss"]
+    assert not any("shuffled" in name for name in record["metrics"])
+    assert "one row has no other's items to swap with" in out
+
+
+def test_a_factor_that_fits_no_grid_is_refused_before_a_run_exists(
+    items: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = [one for one in ALIGN if not one.startswith("connector")]
+    shutil.copytree(folder("llama"), "lm")
+    more = ["backbone.path=./lm", "connector=pixel_shuffle", "connector.factor=3"]
+    assert main([*kept, *more]) == 2
+    assert "connector.factor=3: an item has 4 feature vectors" in capsys.readouterr().err
+    assert not (items / "outputs").exists()
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The contract of a connector: features of an encoder in, tokens of a language model out.
 
     features [items, n, d_v] and mask ─► tokens [items, m, d] and mask
+                                      ─► plugs behind layers, for one that is looked at from there
 
 A connector is one file in this folder with one subclass of `Connector`; its defaults stand in
 ``conf/connector/``. How many tokens an item becomes is known before any is computed (`count`), so
@@ -10,13 +11,17 @@ that placeholders are written into the text once, when it is tokenised.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, Self
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from cfm_train.backbone.plugs import Plug
 from cfm_train.config.signature import class_of
+
+if TYPE_CHECKING:
+    from cfm_train.backbone.load import Backbone
 
 
 class Connector(nn.Module, ABC):
@@ -49,6 +54,34 @@ class Connector(nn.Module, ABC):
 
         Returns:
             Tokens ``[items, m, d]``, and which of them are there, bool ``[items, m]``.
+        """
+
+    def attach(self, backbone: Backbone) -> tuple[str, ...]:
+        """Makes what acts elsewhere than in place of placeholders, after `build`.
+
+        Args:
+            backbone: what it is made for; nothing plugged.
+
+        Returns:
+            The names of the sites where it acts; none as a rule.
+
+        Raises:
+            UserError: it does not fit the backbone.
+        """
+        return ()
+
+    def plugs(self) -> Iterable[Plug]:
+        """What it puts into the slots of the sites that `attach` named."""
+        return ()
+
+    def look(self, here: Tensor | None, past: int, items: list[int], tags: int) -> None:
+        """Called as a pass of the backbone begins, behind `forward`; see `plugs.Tokens`.
+
+        Args:
+            here: bool ``[rows, seq]``, where the ids are placeholders; None for a pass without ids.
+            past: tokens in the cache that the pass goes on from.
+            items: how many items each row of the batch has; empty where there are none.
+            tags: placeholders around each item's own.
         """
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from cfm_train.config.types import Positive
-from cfm_train.errors import UserError
 from cfm_train.modality.connectors.connector import Connector, projection
+from cfm_train.modality.fitting import grid_side
 
 
 class PixelShuffle(Connector):
@@ -37,19 +37,13 @@ class PixelShuffle(Connector):
         Raises:
             UserError: the vectors are no square grid that the factor divides.
         """
-        side = round(n**0.5)
-        if side * side != n or side % self.factor:
-            raise UserError(
-                f"connector.factor={self.factor}: an item has {n} feature vectors, which is no "
-                "square grid with sides that it divides; choose another factor, or "
-                "encoder.pool=none."
-            )
+        grid_side(n, self.factor)
         return n // self.factor**2
 
     def forward(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """See `Connector.forward`; all vectors of an item are there."""
         items, n, width = features.shape
-        s, side = self.factor, round(n**0.5)
+        s, side = self.factor, grid_side(n, self.factor)
         grid = features.reshape(items, side // s, s, side // s, s, width)
         together = grid.permute(0, 1, 3, 2, 4, 5).reshape(items, -1, s * s * width)
         return self.project(together), torch.ones(

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cfm_train.config.types import Positive
-from cfm_train.errors import UserError
 from cfm_train.modality.connectors.connector import Connector, projection
+from cfm_train.modality.fitting import check_heads
 
 
 class Resampler(Connector):
@@ -30,8 +30,7 @@ class Resampler(Connector):
 
     def __init__(self, tokens: Positive, depth: Positive, inner: Positive, heads: Positive) -> None:
         super().__init__()
-        if inner % heads:
-            raise UserError(f"connector.inner={inner} is no multiple of connector.heads={heads}.")
+        check_heads(inner, heads)
         self.tokens, self.depth, self.inner, self.heads = tokens, depth, inner, heads
 
     def build(self, width: int, hidden: int, scale: float) -> Self:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class Encoder(nn.Module, ABC):
         fingerprint: who it is: kind, parameters and weights, 64 hexadecimal digits.
     """
 
-    modality: ClassVar[str] = "image"
+    modality: str = "image"
     width: int
     fingerprint: str = ""
 
