@@ -48,7 +48,7 @@ def run(options: argparse.Namespace, *overrides: str) -> dict[str, Any]:
     from cfm_train.launch.job import prepare
 
     common = ["tracking.mode=disabled", f"outputs={options.work}", "backbone.dtype=float32"]
-    common += [f"backbone.path={options.backbone}", f"seed={options.seed}"]
+    common += ["backbone=hf", f"backbone.path={options.backbone}", f"seed={options.seed}"]
     common += [f"library={options.work}/library", "trainer.samples=0"]
     return prepare([*overrides, *common]).start()
 

@@ -21,7 +21,7 @@ def run(options: argparse.Namespace, *overrides: str) -> dict[str, Any]:
     from cfm_train.launch.job import prepare
 
     common = ["tracking.mode=disabled", f"outputs={options.work}", "backbone.dtype=float32"]
-    common += [f"backbone.path={options.backbone}", f"seed={options.seed}"]
+    common += ["backbone=hf", f"backbone.path={options.backbone}", f"seed={options.seed}"]
     common += [f"library={options.work}/library", "trainer.samples=0"]
     return prepare([*overrides, *common]).start()
 
@@ -122,7 +122,7 @@ def reader(backbone: Any, document: Path) -> Reader:
     from cfm_train.knowledge.documents import read
     from cfm_train.knowledge.tokens import Reader
 
-    given = ["recipe=knowledge/lora", "name=a", "backbone.path=b", "data.most_questions=24"]
+    given = ["recipe=knowledge/lora", "name=a", "data.most_questions=24"]
     section = compose([*given, f"data.documents={document}"])["data"]
     return Reader(read(section), backbone.tokenizer, section["max_length"], section["context"])
 

@@ -211,7 +211,6 @@ def main() -> None:
         "recipe=modality/align",
         f"name={chosen.task}",
         "backbone=hf",
-        "backbone=hf",
         f"backbone.path={backbone}",
         *encoder,
         *task.connector,

@@ -115,7 +115,8 @@ def _turns(
         parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
         text = ""
         for part in parts:
-            kind = part.get("type") if isinstance(part, dict) else None
+            part = part if isinstance(part, dict) else {}
+            kind = part.get("type")
             if kind == "text" and isinstance(part.get("text"), str):
                 text += str(part["text"])
             elif kind in modalities:
