@@ -114,8 +114,8 @@ def _turns(
             stop(at, f"a message's role is system, user or assistant, found {role!r}")
         parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
         text = ""
-        for part in parts:
-            part = part if isinstance(part, dict) else {}
+        for found in parts:
+            part: dict[str, Any] = found if isinstance(found, dict) else {}
             kind = part.get("type")
             if kind == "text" and isinstance(part.get("text"), str):
                 text += str(part["text"])
