@@ -116,13 +116,13 @@ def _turns(
         text = ""
         for found in parts:
             part: dict[str, Any] = found if isinstance(found, dict) else {}
-            kind = part.get("type")
+            kind = str(part.get("type", ""))
             if kind == "text" and isinstance(part.get("text"), str):
                 text += str(part["text"])
             elif kind in modalities:
                 text += f"<{kind}>"
                 if (one := part.get(kind, part.get("path", part.get("url")))) is not None:
-                    items.append((str(kind), one))
+                    items.append((kind, one))
             else:
                 stop(at, f"a part of a message is a text or of type {known}, found {kind!r}")
         turns.append({"role": ROLES[str(role)], "content": text})
