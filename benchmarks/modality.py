@@ -51,7 +51,7 @@ TASKS = {
     "mnist": Task(
         (
             "connector=mlp",
-            "connector.inner=512",
+            "connector.inner=1024",
             "connector.tokens=2",
             "trainer.learning_rate=2e-3",
         ),
