@@ -6,11 +6,13 @@ import json
 import math
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.documents import arms_table, kept, together_table
+from benchmarks.documents import arms_table, measured, together_table
 from benchmarks.facts import KINDS, _ways, counterfact, existing, pararel, row_of
 from benchmarks.facts import as_markdown as facts_table
 from benchmarks.merge_table import as_markdown
@@ -125,16 +127,26 @@ def test_rules_are_held_against_the_baseline_over_tasks() -> None:
 
 
 def test_what_is_kept_is_a_share_of_the_gain_in_the_mean_of_both_orders() -> None:
-    found = {
-        "bare": {"loss": 5.0, "exact_match": 0.1},
-        "alone": {"loss": 3.0, "exact_match": 0.5},
-        "together": {"loss": 3.5, "exact_match": 0.4},
-        "turned": {"loss": 3.3, "exact_match": 0.44},
-    }
-    assert kept(found, "loss") == pytest.approx(0.8)
-    assert kept(found, "exact_match") == pytest.approx(0.8)
-    table = together_table({("law", "alone"): found}).splitlines()
-    assert table[2] == "| law | alone | 50.0 | 42.0 | 0.80 | 0.80 |"
+    def asked(nats: list[float], exact: list[float]) -> SimpleNamespace:
+        tokens = np.array([1, 3])
+        return SimpleNamespace(nats=np.array(nats), exact=np.array(exact), tokens=tokens)
+
+    found = measured(
+        {
+            "bare": asked([5.0, 15.0], [0.0, 0.0]),
+            "alone": asked([3.0, 9.0], [1.0, 1.0]),
+            "together": asked([3.5, 10.5], [1.0, 0.0]),
+            "turned": asked([3.3, 9.9], [1.0, 1.0]),
+        },
+        bootstrap=20,
+    )
+    assert found["alone/loss"]["value"] == pytest.approx(3.0)
+    assert found["together/loss"]["value"] == pytest.approx((3.5 + 10.5 + 3.3 + 9.9) / 8)
+    assert found["kept"]["value"] == pytest.approx(0.8)
+    assert found["score kept"]["value"] == pytest.approx(0.75)
+    row = together_table({("law", "alone"): found}).splitlines()[2]
+    assert row.startswith("| law | alone | 0.0 (5.00) | 100.0 (3.00) | 75.0 (3.40) | 0.75 [")
+    assert " | 0.80 [0.80, 0.80] |" in row
 
 
 def test_the_table_of_arms_has_gains_with_intervals() -> None:
@@ -147,16 +159,16 @@ def test_the_table_of_arms_has_gains_with_intervals() -> None:
             for name, score in {"bare": 0.1, "text": 0.5, "brick": 0.3, "both": 0.55}.items()
         ],
         "gains": [
-            {"arm": "brick", "over": "bare", "exact_match": figure(0.2)},
-            {"arm": "both", "over": "text", "exact_match": figure(0.05)},
-            {"arm": "brick", "over": "text", "exact_match": figure(-0.2)},
+            {"arm": "brick", "over": "bare", "exact_match": figure(0.2), "loss": figure(1)},
+            {"arm": "both", "over": "text", "exact_match": figure(0.05), "loss": figure(0.3)},
+            {"arm": "brick", "over": "text", "exact_match": figure(-0.2), "loss": figure(-1)},
         ],
         "unrelated": {"perplexity_ratio": figure(1.01)},
     }
     row = arms_table({("law", "LoRA"): arms}).splitlines()[2]
     assert row == (
         "| law | LoRA | 10.0 (3.90) | 50.0 (3.50) | 30.0 (3.70) | 55.0 (3.45) | "
-        "+20.0 (10.0 to 30.0) | +5.0 (-5.0 to 15.0) | 1.010 |"
+        "+20.0 (10.0 to 30.0) | +5.0 (-5.0 to 15.0) | +0.300 (0.200 to 0.400) | 1.010 |"
     )
 
 
