@@ -35,9 +35,10 @@ KINDS: dict[str, Any] = {
 
 
 def new(kind: str, backbone: Backbone) -> Any:
-    torch.manual_seed(0)
     brick = KINDS[kind]().for_facts([fact.taught() for fact in TOLD])
-    return brick.read(Encoder(section("bert"))).build(backbone)
+    brick.read(Encoder(section("bert")))
+    torch.manual_seed(0)  # loading an encoder for the first time draws numbers
+    return brick.build(backbone)
 
 
 @pytest.mark.parametrize("kind", KINDS)
