@@ -54,8 +54,9 @@ class Map(ByVector, ByFact, Brick):
     def build(self, backbone: Backbone) -> Self:
         """Makes the map, ``width`` to ``tokens * hidden``, of zeros."""
         self.know(backbone)
+        width = self.width()  # refuses a brick without facts, on any family
         size = backbone.sites["embed"].out_features
-        self.affine = nn.Linear(self.width(), self.hyper["tokens"] * size)
+        self.affine = nn.Linear(width, self.hyper["tokens"] * size)
         nn.init.zeros_(self.affine.weight)
         nn.init.zeros_(self.affine.bias)
         self.site_names = ("embed",)
