@@ -156,11 +156,10 @@ def test_a_share_of_a_gain_has_an_interval_over_blocks() -> None:
     share = share_of(bare, found, whole, bootstrap=50)
     assert share == pytest.approx({"value": 0.5, "low": 0.5, "high": 0.5, "n": 2})
     one = {"bare": 5.0, "lora": 4.5, "full": 4.0, "rates": {"lora": 5e-3, "full": 1e-3}}
-    lines = tables(
-        {"domains": {"law": {**one, "share": share}}, "together": {"sum": {"law": share}}}
-    )
+    both = {name: {**one, "share": share} for name in ("law", "medicine")}
+    lines = tables({"domains": both, "together": {"sum": dict.fromkeys(both, share)}})
     assert "| law | 5.000 | 4.500 (rate 0.005) | 4.000 (rate 0.001) | 0.50 [0.50, 0.50] |" in lines
-    assert lines.splitlines()[-1] == "| sum | 0.50 [0.50, 0.50] |"
+    assert lines.splitlines()[-1] == "| sum | 0.50 [0.50, 0.50] | 0.50 [0.50, 0.50] |"
 
 
 def test_the_table_of_arms_has_gains_with_intervals() -> None:
