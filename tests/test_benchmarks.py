@@ -6,19 +6,20 @@ import json
 import math
 import statistics
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from benchmarks.documents import arms_table, measured, together_table
+from benchmarks.domains import share_of, tables
 from benchmarks.facts import KINDS, _ways, counterfact, existing, pararel, row_of
 from benchmarks.facts import as_markdown as facts_table
 from benchmarks.merge_table import as_markdown
 from benchmarks.merge_table import summary as rules_of
 from benchmarks.stitch_models import LARGE, SMALL, table, verdict
 from benchmarks.task_bricks import summary, tasks_of
+from cfm_train.knowledge.arms import Answered
 
 #: Scores of ours and of the peer, by task and seed.
 SCORES = {
@@ -127,26 +128,38 @@ def test_rules_are_held_against_the_baseline_over_tasks() -> None:
 
 
 def test_what_is_kept_is_a_share_of_the_gain_in_the_mean_of_both_orders() -> None:
-    def asked(nats: list[float], exact: list[float]) -> SimpleNamespace:
-        tokens = np.array([1, 3])
-        return SimpleNamespace(nats=np.array(nats), exact=np.array(exact), tokens=tokens)
-
-    found = measured(
-        {
-            "bare": asked([5.0, 15.0], [0.0, 0.0]),
-            "alone": asked([3.0, 9.0], [1.0, 1.0]),
-            "together": asked([3.5, 10.5], [1.0, 0.0]),
-            "turned": asked([3.3, 9.9], [1.0, 1.0]),
-        },
-        bootstrap=20,
+    """Sums over questions first: (8 − 4.4) / (8 − 3.5) in nats, 1.5 of 2 right answers."""
+    arms = {
+        "bare": ([6.0, 2.0], [0.0, 0.0]),
+        "alone": ([2.0, 1.5], [1.0, 1.0]),
+        "together": ([2.5, 1.7], [1.0, 0.0]),
+        "turned": ([3.0, 1.6], [1.0, 1.0]),
+    }
+    asked = {
+        name: Answered(np.array(nats), np.array([3, 1]), np.zeros(2), np.array(exact), [])
+        for name, (nats, exact) in arms.items()
+    }
+    found = measured(asked, bootstrap=20)
+    assert found["kept"]["value"] == pytest.approx((8 - 4.4) / (8 - 3.5))
+    assert found["score kept"]["value"] == pytest.approx(1.5 / 2)
+    assert found["together/loss"]["value"] == pytest.approx(4.4 / 4)
+    found["kept"] |= {"low": 0.5, "high": 1.0}
+    found["score kept"] |= {"low": 0.5, "high": 1.0}
+    assert together_table({("law", "alone"): found}).splitlines()[2] == (
+        "| law | alone | 0.0 (2.00) | 100.0 (0.88) | 75.0 (1.10) | 0.75 [0.50, 1.00] | "
+        "0.80 [0.50, 1.00] |"
     )
-    assert found["alone/loss"]["value"] == pytest.approx(3.0)
-    assert found["together/loss"]["value"] == pytest.approx((3.5 + 10.5 + 3.3 + 9.9) / 8)
-    assert found["kept"]["value"] == pytest.approx(0.8)
-    assert found["score kept"]["value"] == pytest.approx(0.75)
-    row = together_table({("law", "alone"): found}).splitlines()[2]
-    assert row.startswith("| law | alone | 0.0 (5.00) | 100.0 (3.00) | 75.0 (3.40) | 0.75 [")
-    assert " | 0.80 [0.80, 0.80] |" in row
+
+
+def test_a_share_of_a_gain_has_an_interval_over_blocks() -> None:
+    bare, found, whole = np.array([4.0, 6.0]), np.array([3.0, 4.0]), np.array([2.0, 2.0])
+    share = share_of(bare, found, whole, bootstrap=50)
+    assert share == pytest.approx({"value": 0.5, "low": 0.5, "high": 0.5, "n": 2})
+    one = {"bare": 5.0, "lora": 4.5, "full": 4.0, "rates": {"lora": 5e-3, "full": 1e-3}}
+    both = {name: {**one, "share": share} for name in ("law", "medicine")}
+    lines = tables({"domains": both, "together": {"sum": dict.fromkeys(both, share)}})
+    assert "| law | 5.000 | 4.500 (rate 0.005) | 4.000 (rate 0.001) | 0.50 [0.50, 0.50] |" in lines
+    assert lines.splitlines()[-1] == "| sum | 0.50 [0.50, 0.50] | 0.50 [0.50, 0.50] |"
 
 
 def test_the_table_of_arms_has_gains_with_intervals() -> None:
@@ -159,16 +172,16 @@ def test_the_table_of_arms_has_gains_with_intervals() -> None:
             for name, score in {"bare": 0.1, "text": 0.5, "brick": 0.3, "both": 0.55}.items()
         ],
         "gains": [
-            {"arm": "brick", "over": "bare", "exact_match": figure(0.2), "loss": figure(1)},
-            {"arm": "both", "over": "text", "exact_match": figure(0.05), "loss": figure(0.3)},
-            {"arm": "brick", "over": "text", "exact_match": figure(-0.2), "loss": figure(-1)},
+            {"arm": "brick", "over": "bare", "exact_match": figure(0.2), "loss": figure(-0.2)},
+            {"arm": "both", "over": "text", "exact_match": figure(0.05), "loss": figure(-0.05)},
+            {"arm": "brick", "over": "text", "exact_match": figure(-0.2), "loss": figure(0.2)},
         ],
         "unrelated": {"perplexity_ratio": figure(1.01)},
     }
     row = arms_table({("law", "LoRA"): arms}).splitlines()[2]
     assert row == (
         "| law | LoRA | 10.0 (3.90) | 50.0 (3.50) | 30.0 (3.70) | 55.0 (3.45) | "
-        "+20.0 (10.0 to 30.0) | +5.0 (-5.0 to 15.0) | +0.300 (0.200 to 0.400) | 1.010 |"
+        "+20.0 (10.0 to 30.0) | +5.0 (-5.0 to 15.0) | -0.050 (-0.150 to 0.050) | 1.010 |"
     )
 
 
