@@ -118,10 +118,10 @@ def _turns(
             kind = part.get("type") if isinstance(part, dict) else None
             if kind == "text" and isinstance(part.get("text"), str):
                 text += str(part["text"])
-            elif kind in modalities:
+            elif isinstance(kind, str) and kind in modalities:
                 text += f"<{kind}>"
                 if (one := part.get(kind, part.get("path", part.get("url")))) is not None:
-                    items.append((str(kind), one))
+                    items.append((kind, one))
             else:
                 stop(at, f"a part of a message is a text or of type {known}, found {kind!r}")
         turns.append({"role": ROLES[str(role)], "content": text})
