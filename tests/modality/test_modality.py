@@ -26,7 +26,7 @@ CONNECTORS: dict[str, dict[str, Any]] = {
         "kind": "qformer", "tokens": 2, "layers": 2, "every": 1, "inner": 8, "heads": 2, "ff": 12,
     },
     "window_qformer": {
-        "kind": "window_qformer", "window": 2, "tokens": 1, "layers": 1, "every": 1, "inner": 8,
+        "kind": "window_qformer", "window": 2, "tokens": 2, "layers": 1, "every": 1, "inner": 8,
         "heads": 2, "ff": 12,
     },
     "gated_cross_attention": {

@@ -81,7 +81,7 @@ def test_a_connector_learns_classifies_and_is_asked(
 WITHIN = {
     "series": ["encoder.patch=4", "encoder.stride=4", "connector=window_qformer",
                "connector.window=2", "connector.layers=1", "connector.ff=16"],
-    "table": ["encoder.numbers={age: [0, 100]}", "encoder.texts=[town]",
+    "table": ["encoder.numbers={age: [0, 100]}", "encoder.texts=[town]", "encoder.buckets=4",
               "connector=gated_cross_attention", "connector.every=1", "connector.depth=1"],
 }  # fmt: skip
 
@@ -111,9 +111,10 @@ def test_items_that_stand_within_their_rows_are_learned(
         "connector.inner=16",
         "connector.heads=2",
         "cache.dtype=float32",
-        "trainer.max_steps=60",
+        "trainer.max_steps=150",
+        "trainer.epochs=200",
         "trainer.rows_per_batch=16",
-        "trainer.learning_rate=1e-2",
+        "trainer.learning_rate=2e-2",
     )
     assert all(check["passed"] for check in record["checks"].values())
     assert record["metrics"]["gain over shuffled/loss"]["value"] > 0.3
