@@ -175,7 +175,11 @@ def _in_package(package: str, inside: str, key: str) -> Path:
     root = Path(found.submodule_search_locations[0]).resolve()
     folder = (root / inside).resolve()
     if not folder.is_relative_to(root) or not folder.is_dir():
-        raise UserError(f"The package '{package}' has no folder '{inside}' ('{key}.path').")
+        choice = "backbone" if key == "backbone" else f"backbone@{key}"
+        raise UserError(
+            f"The package '{package}' has no folder '{inside}' ('{key}.path'): for a model of your "
+            f"own add {choice}=hf."
+        )
     return folder
 
 

@@ -103,8 +103,11 @@ class Muon(torch.optim.AdamW):
         gradient = parameter.grad
         assert gradient is not None
         state = self.state[parameter]
-        if "momentum" not in state:
+        if not state:
+            # AdamW looks for a count of steps in every state that it takes up.
+            state["step"] = torch.tensor(0.0)
             state["momentum"] = torch.zeros_like(parameter)
+        state["step"] += 1
         momentum: Tensor = state["momentum"]
         momentum.lerp_(gradient, 1 - MOMENTUM)
         return gradient.lerp(momentum, MOMENTUM)

@@ -38,7 +38,7 @@ def test_a_connector_learns_classifies_and_is_asked(
     items: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(folder("llama"), "lm")
-    record, _ = run(capsys, *ALIGN, "backbone.path=./lm", "trainer.max_steps=60")
+    record, _ = run(capsys, *ALIGN, "backbone=hf", "backbone.path=./lm", "trainer.max_steps=60")
     assert all(check["passed"] for check in record["checks"].values())
     assert record["checks"]["text logits"]["value"] == 0.0
     metrics = record["metrics"]
@@ -162,7 +162,7 @@ def test_killed_is_not_lost(
 ) -> None:
     """SIGKILL while features are cached and after some steps: the same brick and figures."""
     shutil.copytree(folder("llama"), "lm")
-    long = [*ALIGN, "backbone.path=./lm", "tags=true", "trainer.max_steps=30"]
+    long = [*ALIGN, "backbone=hf", "backbone.path=./lm", "tags=true", "trainer.max_steps=30"]
     long += ["trainer.checkpoint_every=3", "trainer.rows_per_batch=8", "trainer.threads=1"]
     whole, _ = run(capsys, *long, "outputs=a", "library=a/library")
     monkeypatch.setenv("CFM_CACHE", str(items / "another"))
