@@ -223,6 +223,7 @@ def main() -> None:
         [
             "recipe=modality/align",
             "name=steps",
+            "backbone=hf",
             f"backbone.path={backbone}",
             *encoder,
             f"data.items={files['train']}",
