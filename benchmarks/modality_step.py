@@ -210,6 +210,7 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--backbone", type=Path)
+    parser.add_argument("--items", type=int, default=640)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
     chosen = parser.parse_args()
@@ -222,11 +223,12 @@ def main() -> None:
         [
             "recipe=modality/align",
             "name=steps",
+            "backbone=hf",
             f"backbone.path={backbone}",
             *encoder,
             f"data.items={files['train']}",
             f"data.root={root}",
-            "data.limit=640",
+            f"data.limit={chosen.items}",
             "data.validation_fraction=0",
             "data.test_fraction=0",
             f"trainer.max_steps={chosen.steps}",

@@ -119,7 +119,7 @@ def _turns(
             kind = str(part.get("type", ""))
             if kind == "text" and isinstance(part.get("text"), str):
                 text += str(part["text"])
-            elif kind in modalities:
+            elif isinstance(kind, str) and kind in modalities:
                 text += f"<{kind}>"
                 if (one := part.get(kind, part.get("path", part.get("url")))) is not None:
                     items.append((kind, one))
