@@ -15,6 +15,7 @@ import json
 import os
 from pathlib import Path
 
+from benchmarks.carried import brick_lm
 from benchmarks.modality import command
 
 #: COCO's own splits; those at hand hold 80 and 79 images.
@@ -48,7 +49,7 @@ def main() -> None:
     chosen.out.mkdir(parents=True, exist_ok=True)
     shared = chosen.shared.absolute()
     files = rows_of(shared / "data" / "images", chosen.out.absolute())
-    backbone = (chosen.backbone or shared / "models" / "domain-lm-7m").absolute()
+    backbone = (chosen.backbone or brick_lm()).absolute()
     images = f"data.root={shared / 'data' / 'images' / 'coco_mini.zip'}"
     os.chdir(chosen.out)
     aligned = command(

@@ -1,6 +1,6 @@
 """Documents that a language model never saw, as bricks: three arms, and two bricks at once.
 
-    python benchmarks/documents.py --backbone DIR --root CORPORA --out documents.json
+    python benchmarks/documents.py --root CORPORA --out documents.json
 
 Four documents are cut from the validation text of four domains of ``--root``. Of the first two a
 LoRA brick (language modelling, and context distillation), a cartridge and an encoded document are
@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.carried import brick_lm
 
 #: The two documents that are judged, and the two whose cartridges are distractors.
 DOMAINS = ("law_dc_code", "medical_abstracts")
@@ -198,7 +200,7 @@ def together_table(found: Mapping[tuple[str, str], Mapping[str, Mapping[str, flo
 def main() -> None:
     """Trains what is missing, measures, prints the tables and writes the figures."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--backbone", required=True, help="folder of a language model")
+    parser.add_argument("--backbone", default=None, help="a folder; brick_lm where left out")
     parser.add_argument("--root", required=True, help="folder of DOMAIN.train.txt and .valid.txt")
     parser.add_argument("--work", default="outputs/documents")
     parser.add_argument("--out", default=None, help="a JSON file for the figures")
@@ -218,6 +220,7 @@ def main() -> None:
     parser.add_argument("--alone", action="store_true", help="leave out two cartridges at once")
     parser.add_argument("--more", nargs="*", default=[], help="overrides of every run")
     options = parser.parse_args()
+    options.backbone = options.backbone or brick_lm()
     files, records, both = documents(options), {}, {}
     for name in options.documents:
         for way in options.ways:

@@ -1,6 +1,6 @@
 """Whole domains as bricks: against full fine-tuning, and two of them plugged in at once.
 
-    python benchmarks/domains.py --backbone DIR --root CORPORA --out domains.json
+    python benchmarks/domains.py --root CORPORA --out domains.json
 
 Of each domain a LoRA brick is trained on the beginning of its training file, and all weights of the
 backbone on as many tokens of the same blocks; each at its best learning rate by the loss on the
@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.carried import brick_lm
 from benchmarks.domain_bricks import Judge, brick, fine_tuned, texts
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def together(
 def main() -> None:
     """Trains what is missing, measures, prints the tables and writes the figures."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--backbone", required=True, help="folder of a language model")
+    parser.add_argument("--backbone", default=None, help="a folder; brick_lm where left out")
     parser.add_argument("--root", required=True, help="folder of DOMAIN.train.txt and .valid.txt")
     parser.add_argument("--domains", nargs=2, default=["law_dc_code", "medical_abstracts"])
     parser.add_argument("--work", default="outputs/domains")
@@ -154,6 +155,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--bootstrap", type=int, default=1000)
     options = parser.parse_args()
+    options.backbone = options.backbone or brick_lm()
     judge = Judge(options, {name: texts(options, name) for name in options.domains})
     bare = {name: judge.nats(name, "judged", []) for name in options.domains}
     own = {name: tuned_brick(options, judge, name) for name in options.domains}

@@ -26,6 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.carried import brick_lm
 from cfm_train.config.catalogue import groups
 
 #: Kind -> the brick of ``conf/brick``, and what else is set.
@@ -274,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the arms and prints the table as it grows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path, help="folder with pararel.jsonl and counterfact.jsonl")
-    parser.add_argument("--backbone", required=True)
+    parser.add_argument("--backbone", default=None, help="a folder; brick_lm where left out")
     parser.add_argument("--unrelated", required=True, type=Path)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--sets", nargs="*", choices=list(SETS), default=list(SETS))
@@ -282,6 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/facts"))
     parser.add_argument("overrides", nargs="*", default=[])
     options = parser.parse_intermixed_args(arguments)
+    options.backbone = options.backbone or brick_lm()
     counter = options.data / "counterfact.jsonl"
     makers = {
         "pararel": lambda: pararel(options.data / "pararel.jsonl", options.count),

@@ -24,6 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.carried import brick_lm
+
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
@@ -205,7 +207,7 @@ def main() -> None:
     chosen.out.mkdir(parents=True, exist_ok=True)
     shared, task = chosen.shared.absolute(), TASKS[chosen.task]
     files, root, encoder = rows_of(chosen.task, shared, chosen.out.absolute())
-    backbone = (chosen.backbone or shared / "models" / "domain-lm-7m").absolute()
+    backbone = (chosen.backbone or brick_lm()).absolute()
     os.chdir(chosen.out)
     aligned = command(
         "recipe=modality/align",

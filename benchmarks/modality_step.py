@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from benchmarks.carried import brick_lm
 from benchmarks.modality import rows_of
 from cfm_train.config.compose import compose
 from cfm_train.data.batches import BatchStream
@@ -217,7 +218,7 @@ def main() -> None:
     chosen.out.mkdir(parents=True, exist_ok=True)
     shared = chosen.shared.absolute()
     files, root, encoder = rows_of("cifar10", shared, chosen.out.absolute())
-    backbone = (chosen.backbone or shared / "models" / "domain-lm-7m").absolute()
+    backbone = (chosen.backbone or brick_lm()).absolute()
     os.chdir(chosen.out)
     config = compose(
         [
