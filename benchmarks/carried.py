@@ -1,4 +1,4 @@
-"""The language model that the package carries, as a folder: what benchmarks are run on by default."""
+"""The language model that the package carries, which benchmarks run on by default, as a folder."""
 
 from __future__ import annotations
 

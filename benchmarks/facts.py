@@ -1,6 +1,6 @@
 """Facts of ParaRel and CounterFact, taught by each kind of brick, in one table.
 
-    python -m benchmarks.facts ../shared/data/facts --backbone DIR --unrelated FILE.txt
+    python -m benchmarks.facts ../shared/data/facts --unrelated FILE.txt
 
 ParaRel's ways to ask for a relation are split: the first ones are taught, the last one or two are
 held out; another relation of the subject is asked in the words of some other relation, and a
