@@ -57,7 +57,7 @@ def judge(
         brick: what was trained.
         eyes: the modality brick in it, which must do nothing to text; a LoRA beside it may.
         task: the splits as token numbers.
-        other: the test rows with each other's items; None for fewer than two test rows.
+        other: the test rows with each other's items; None where there is no other item.
         checked: the rows.
         bare: what `bare_text` gave before the brick was built.
     """
@@ -79,7 +79,7 @@ def judge(
                 )
             samples = write_answers(backbone, task.test, config["trainer"]["samples"])
         if other is None:
-            print("test: one row has no other's items to swap with, so there is no control.")
+            print("test: all rows are about one item, so there is no control with another's.")
         else:
             # Rows about the same items are one draw: five captions of an image are not five images.
             about = [tuple(hashes(row)) for row in task.test.rows]

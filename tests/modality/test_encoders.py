@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from cfm_train.errors import UserError
-from cfm_train.modality.encoding import shuffled
+from cfm_train.modality.encoding import control, shuffled
 from cfm_train.modality.finding import find_encoder
 from cfm_train.modality.fitting import check_fit
 from cfm_train.modality.forms import rows_of
@@ -356,6 +356,8 @@ def test_rows_swap_items_or_borrow_them() -> None:
     other = shuffled(rows, 0)
     assert [len(items) for items in other] == [1, 1, 2, 1]
     assert all(not set(new) & set(row["_items"]) for new, row in zip(other, rows, strict=True))
+    assert control(rows, 0) == other
+    assert control([rows[0], {**rows[0], "text": ["a", "asked otherwise"]}], 0) is None
 
 
 @pytest.mark.parametrize(

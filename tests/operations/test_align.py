@@ -143,7 +143,11 @@ def test_one_test_row_has_no_control(items: Path, capsys: pytest.CaptureFixture[
     record, out = run(capsys, *ALIGN, *short)
     assert [name for name in record["metrics"] if name.startswith("test")] == ["test/loss"]
     assert not any("shuffled" in name for name in record["metrics"])
-    assert "one row has no other's items to swap with" in out
+    assert "all rows are about one item, so there is no control" in out
+    row = json.loads((items / "one.jsonl").read_text())
+    (items / "one.jsonl").write_text(json.dumps({**row, "text": ["w5", "w6", "w7"]}))
+    record, out = run(capsys, *ALIGN, *short)  # three rows, and no other item
+    assert not any("shuffled" in name for name in record["metrics"])
 
 
 def test_a_factor_that_fits_no_grid_is_refused_before_a_run_exists(
