@@ -58,8 +58,8 @@ def check_item(encoder: Mapping[str, Any], content: bytes, at: str) -> None:
         read_series(content, at, encoder["channels"])
     if "texts" in encoder:
         numbers = dict(encoder["numbers"] or {})
-        own = (list(encoder[key]) for key in ("texts", "ignored"))
-        Columns(numbers, *own, encoder["buckets"]).read(content, at)
+        texts, ignored = list(encoder["texts"]), list(encoder["ignored"])
+        Columns(numbers, texts, ignored, encoder["buckets"]).read(content, at)
 
 
 def check_layers(every: int, layers: int) -> None:
