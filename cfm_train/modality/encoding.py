@@ -220,6 +220,17 @@ def special_prefix(tokenizer: Any) -> list[int]:
     return []
 
 
+def control(rows: list[Row], seed: int) -> list[list[str]] | None:
+    """Other rows' items for every row, see `shuffled`; None where a row is left with its own.
+
+    What is scored with its own items is no control: its figures would be those of the test.
+    """
+    other = shuffled(rows, seed)
+    return (
+        None if any(hashes(row) == held for row, held in zip(rows, other, strict=True)) else other
+    )
+
+
 def shuffled(rows: list[Row], seed: int) -> list[list[str]]:
     """Other rows' items for every row: a control that a connector must do worse on.
 

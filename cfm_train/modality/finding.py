@@ -8,7 +8,7 @@ encoder reads; so the same model in another folder is the same encoder. Of code 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from cfm_train.backbone.fingerprint import file_hash
 from cfm_train.config import signature
 from cfm_train.errors import UserError, nearest
 from cfm_train.library.card import canonical
+from cfm_train.modality.fitting import check_item
 from cfm_train.modality.targets import find_target, weights_hash
 
 if TYPE_CHECKING:
@@ -76,11 +77,21 @@ def find_encoder(section: Mapping[str, Any]) -> FoundEncoder:
     content |= {"format": FORMAT, "files": _files(folder)}
     if section.get("target"):
         target = find_target(str(section["target"]))
-        content |= {"source": file_hash(target.file), "weights": weights_hash(target)}
+        content |= {"source": target.source(), "weights": weights_hash(target)}
     digest = hashlib.sha256(canonical(content).encode()).hexdigest()
     facts = signature.constants(ROOM, kind, "Encoder")
     modality = section.get("modality") or facts.get("modality", "image")
     return FoundEncoder(section, folder, digest, str(modality))
+
+
+def looks(encoders: Mapping[str, FoundEncoder]) -> Callable[[str, bytes, str], None]:
+    """What refuses an item that its encoder cannot read, see `items.read_rows`; without torch.
+
+    Args:
+        encoders: those of a run, one for each modality.
+    """
+    sections = {one.modality: one.section for one in encoders.values()}
+    return lambda kind, content, at: check_item(sections[kind], content, at)
 
 
 def _folder(path: Any) -> Path | None:

@@ -7,21 +7,33 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cfm_train.errors import UserError
+from cfm_train.modality.series import read_series
+from cfm_train.modality.table import Columns
+
+#: How configs of transformers call the number of layers.
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
-def check_fit(connector: Mapping[str, Any], encoder: Mapping[str, Any]) -> None:
+def check_fit(
+    connector: Mapping[str, Any], encoder: Mapping[str, Any], backbone: Mapping[str, Any]
+) -> None:
     """Refuses sections of which it is known already that they do not fit.
 
     Args:
         connector: the ``connector`` section.
         encoder: the ``encoder`` section.
+        backbone: the language model's ``config.json``.
 
     Raises:
-        UserError: heads that do not divide a width, patches that do not divide an image or pass
-            over steps, columns that are none, a factor that does not divide the encoder's grid.
+        UserError: layers that the backbone has none of, heads that do not divide a width, patches
+            that do not divide an image or pass over steps, columns that are none, a factor that
+            does not divide the encoder's grid.
     """
     if "heads" in connector:
         check_heads(connector["inner"], connector["heads"])
+    layers = next((backbone[key] for key in LAYERS if key in backbone), None)
+    if "every" in connector and "layers" not in connector and isinstance(layers, int):
+        check_layers(connector["every"], layers)  # of the backbone, not of its own
     if "stride" in encoder:
         check_stride(encoder["patch"], encoder["stride"])
     if "texts" in encoder:
@@ -29,6 +41,38 @@ def check_fit(connector: Mapping[str, Any], encoder: Mapping[str, Any]) -> None:
     n = vectors(encoder)
     if "factor" in connector and n is not None:
         grid_side(n, connector["factor"])
+
+
+def check_item(encoder: Mapping[str, Any], content: bytes, at: str) -> None:
+    """Refuses an item that the encoder cannot read, where that can be told without torch.
+
+    Args:
+        encoder: the ``encoder`` section.
+        content: the item's bytes.
+        at: where it stands, for the error sentence.
+
+    Raises:
+        UserError: it is no series or no row of a table, or another one than the encoder reads.
+    """
+    if "stride" in encoder:
+        read_series(content, at, encoder["channels"])
+    if "texts" in encoder:
+        numbers = dict(encoder["numbers"] or {})
+        texts, ignored = list(encoder["texts"]), list(encoder["ignored"])
+        Columns(numbers, texts, ignored, encoder["buckets"]).read(content, at)
+
+
+def check_layers(every: int, layers: int) -> None:
+    """Layers of the backbone that a connector acts behind.
+
+    Raises:
+        UserError: there are none.
+    """
+    if every > layers:
+        raise UserError(
+            f"connector.every={every} chooses no layer of the {layers} that the backbone has: give "
+            "a smaller number."
+        )
 
 
 def check_heads(inner: int, heads: int) -> None:

@@ -94,7 +94,10 @@ def _reference(item: Any, at: str) -> str:
     if isinstance(item, str):
         return item
     if isinstance(item, dict | list):
-        return INLINE + json.dumps(item, sort_keys=True, separators=(",", ":"))
+        try:
+            return INLINE + json.dumps(item, sort_keys=True, separators=(",", ":"))
+        except TypeError as error:  # dates and the like, from Parquet
+            stop(at, f"an item that stands in its row is numbers and texts ({error})")
     stop(at, f"an item is a path, or the item itself as a list or an object, found {item!r}")
     raise AssertionError
 

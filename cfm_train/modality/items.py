@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ from cfm_train.data.splits import cut, make_disjoint, take
 from cfm_train.data.tasks import TaskSpec
 from cfm_train.errors import UserError
 from cfm_train.modality.forms import INLINE, marked, rows_of, stop
+
+#: Refuses an item: its modality, its bytes, where it is named.
+Look = Callable[[str, bytes, str], None]
 
 _ROWS = (".jsonl", ".csv", ".tsv", ".parquet", ".jsonl.gz", ".csv.gz")
 
@@ -77,13 +80,16 @@ def split_zip(path: Path) -> tuple[Path, str | None]:
     return path, None
 
 
-def check_items(section: Mapping[str, Any], modality: str, name: str) -> tuple[Checked, Reader]:
+def check_items(
+    section: Mapping[str, Any], modality: str, name: str, look: Look | None = None
+) -> tuple[Checked, Reader]:
     """Reads every row of all splits, and every item once.
 
     Args:
         section: the ``data`` section of a run that trains.
         modality: what the items are called.
         name: the run's name, which the task gets.
+        look: see `read_rows`.
 
     Returns:
         The rows, as of any task, and what reads their items.
@@ -94,14 +100,14 @@ def check_items(section: Mapping[str, Any], modality: str, name: str) -> tuple[C
     beside = Path(section["items"]).expanduser()
     reader = Reader(section["root"], beside if _is_tree(beside) else beside.parent)
     read = {
-        split: read_rows(section[key], section, [modality], reader) if section[key] else []
+        split: read_rows(section[key], section, [modality], reader, look) if section[key] else []
         for split, key in (("train", "items"), ("validation", "validation"), ("test", "test"))
     }
     disjoint, leaks = make_disjoint(read)
     for split, draw in (("test", 1), ("validation", 0)):
         if not read[split]:
-            disjoint["train"], disjoint[split] = cut(
-                disjoint["train"], section[f"{split}_fraction"], draw=draw
+            disjoint["train"], disjoint[split] = _cut(
+                disjoint["train"], section[f"{split}_fraction"], draw
             )
     disjoint["train"] = take(disjoint["train"], section["limit"])
     if not disjoint["train"]:
@@ -122,8 +128,26 @@ def check_items(section: Mapping[str, Any], modality: str, name: str) -> tuple[C
     )
 
 
+def _cut(rows: list[Row], fraction: float, draw: int) -> tuple[list[Row], list[Row]]:
+    """Cuts a share of the rows out; questions about the same items stay on one side.
+
+    Else the answers to other questions about an item that was trained on would be tested. Where
+    all rows are about the same items, questions are what is cut.
+    """
+    asked = [hashes(row) if "turns" in row else row["text"] for row in rows]
+    if len(set(map(tuple, asked))) < 2:
+        asked = [row["text"] for row in rows]
+    keys: list[Row] = [{"text": key, "row": row} for key, row in zip(asked, rows, strict=True)]
+    kept, taken = cut(keys, fraction, draw=draw)
+    return [one["row"] for one in kept], [one["row"] for one in taken]
+
+
 def read_rows(
-    path: str, section: Mapping[str, Any], modalities: Sequence[str], reader: Reader
+    path: str,
+    section: Mapping[str, Any],
+    modalities: Sequence[str],
+    reader: Reader,
+    look: Look | None = None,
 ) -> list[Row]:
     """The rows of a file, a folder or a zip, with the hash of every item.
 
@@ -132,6 +156,8 @@ def read_rows(
         section: ``text`` (the column of what is said) and ``prompt``.
         modalities: what the items of the run are called; files in folders are of the first.
         reader: reads the items.
+        look: called with each item's modality, its bytes and where it is named; refuses what its
+            encoder cannot read.
 
     Raises:
         UserError: as `check_items`.
@@ -168,9 +194,11 @@ def read_rows(
     for row in found:
         if "turns" not in row:
             row["prompt"] = marked(section["prompt"], row["_kinds"], modalities, row["_at"])
-        for reference in row["_items"]:
+        for reference, kind in zip(row["_items"], row["_kinds"], strict=True):
             if reference not in known:
                 content = reader.read(reference, row["_at"])
+                if look is not None:
+                    look(kind, content, row["_at"])
                 known[reference] = hashlib.sha256(content).hexdigest()
         row["text"] = [*(known[reference] for reference in row["_items"]), _asked(row)]
     return found

@@ -7,7 +7,7 @@ shuffled items less the loss with the right ones, is then zero. On text alone it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from cfm_train.data.sources import Checked
 from cfm_train.evaluation.evaluator import predict
 from cfm_train.evaluation.intervals import paired_interval
 from cfm_train.modality.encoding import ItemRows
+from cfm_train.modality.items import hashes
 from cfm_train.modality.modality import Modality
 from cfm_train.modality.writing import write_answers
 
@@ -56,7 +57,7 @@ def judge(
         brick: what was trained.
         eyes: the modality brick in it, which must do nothing to text; a LoRA beside it may.
         task: the splits as token numbers.
-        other: the test rows with each other's items; None for fewer than two test rows.
+        other: the test rows with each other's items; None where there is no other item.
         checked: the rows.
         bare: what `bare_text` gave before the brick was built.
     """
@@ -78,11 +79,13 @@ def judge(
                 )
             samples = write_answers(backbone, task.test, config["trainer"]["samples"])
         if other is None:
-            print("test: one row has no other's items to swap with, so there is no control.")
+            print("test: all rows are about one item, so there is no control with another's.")
         else:
+            # Rows about the same items are one draw: five captions of an image are not five images.
+            about = [tuple(hashes(row)) for row in task.test.rows]
             gain = paired_interval(
-                losses["shuffled"],
-                losses["test"],
+                by_items(losses["shuffled"], about),
+                by_items(losses["test"], about),
                 bootstrap=config["evaluation"]["bootstrap"],
                 seed=config["seed"],
             )
@@ -98,6 +101,19 @@ def judge(
         },
         samples,
     )
+
+
+def by_items(losses: np.ndarray, about: Sequence[tuple[str, ...]]) -> np.ndarray:
+    """The mean loss of the rows about each item, float64 ``[different items]``.
+
+    Args:
+        losses: of each row.
+        about: the items of each.
+    """
+    held: dict[tuple[str, ...], list[float]] = {}
+    for loss, items in zip(losses, about, strict=True):
+        held.setdefault(items, []).append(float(loss))
+    return np.array([np.mean(each) for each in held.values()])
 
 
 @torch.inference_mode()

@@ -88,9 +88,10 @@ class Modality(Brick):
         values = features.double()
         mean.copy_(values.mean(dim=0))
         spread = values.std(dim=0, correction=0)
-        # A feature that never moves tells nothing; dividing by its noise would make it loud.
-        floor = 1e-3 * float(spread.mean()) if float(spread.mean()) > 0 else 1.0
-        deviation.copy_(spread.clamp_min(floor))
+        typical = spread.mean() if float(spread.mean()) > 0 else torch.ones_like(spread[0])
+        # A feature that never moved tells nothing; dividing by its noise would make it loud, and
+        # most so where it moves for the first time: a word never met, a value never missing before.
+        deviation.copy_(torch.where(spread < 1e-3 * typical, typical, spread))
 
     def count(self, n: int) -> int:
         """How many tokens an item of n feature vectors becomes, its tags included."""

@@ -35,6 +35,8 @@ def read_series(content: bytes, at: str, channels: int) -> np.ndarray:
         raise UserError(
             f"{at}: is no series of numbers ({error}); write .npy, .csv or a list of steps."
         ) from None
+    with np.errstate(over="ignore"):  # what float32 cannot hold is no finite number of it
+        found = found.astype(np.float32)
     found = found[:, None] if found.ndim == 1 else found
     if found.ndim != 2 or not found.size or not np.isfinite(found).all():
         raise UserError(
@@ -45,7 +47,7 @@ def read_series(content: bytes, at: str, channels: int) -> np.ndarray:
         raise UserError(
             f"{at}: the series has {found.shape[1]} channels, and encoder.channels={channels}."
         )
-    return found.astype(np.float32)
+    return found
 
 
 def _numbers(content: bytes) -> np.ndarray:
@@ -56,7 +58,7 @@ def _numbers(content: bytes) -> np.ndarray:
     if text.startswith("["):
         return np.asarray(json.loads(text), np.float64)
     lines = [line for line in csv.reader(io.StringIO(text)) if line]
-    if lines and not any(_is_number(cell) for cell in lines[0]):
+    if lines and any(lines[0]) and not any(_is_number(cell) for cell in lines[0]):
         lines = lines[1:]
     return np.asarray([[float(cell) for cell in line] for line in lines], np.float64)
 

@@ -4,7 +4,8 @@
     encoder.target=package.module.Net          an nn.Module, the class or one that is made: its
                                                file, and the hash of its weights
 
-What a module file imports is not part of its hash: put what decides features into that file.
+Modules of a person's own that the file imports are part of its hash, and what these import; those
+of installed packages are not.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cfm_train.backbone.fingerprint import file_hash
 from cfm_train.errors import UserError, nearest
 
 #: The seed of weights that a class draws when it is made.
@@ -38,6 +40,22 @@ class Target:
     name: str
     file: Path
     function: bool
+
+    def source(self) -> dict[str, str]:
+        """The hash of each file that it is written in, by the name of its module."""
+        parts = self.module.split(".")
+        above = len(parts) + (self.file.name == "__init__.py") - 1
+        root = self.file.parents[above]
+        found: dict[str, str] = {}
+        waiting = [self.module]
+        while waiting:
+            module = waiting.pop()
+            file = _file_of(module, root)
+            if module in found or file is None or not _same_owner(module, self.module, root):
+                continue
+            found[module] = file_hash(file)
+            waiting += _imported(file, module)
+        return found
 
 
 def find_target(target: str) -> Target:
@@ -74,6 +92,38 @@ def find_target(target: str) -> Target:
     if isinstance(getattr(node, "value", None), ast.Lambda):
         raise UserError(f"{key}: '{name}' is a lambda: write a function with def.")
     return Target(module, name, file, isinstance(node, ast.FunctionDef))
+
+
+def _file_of(module: str, root: Path) -> Path | None:
+    """The source of a module below a folder; None where it lies elsewhere."""
+    place = root.joinpath(*module.split("."))
+    files = (place / "__init__.py", place.with_name(f"{place.name}.py"))
+    return next((file for file in files if file.is_file()), None)
+
+
+def _same_owner(module: str, target: str, root: Path) -> bool:
+    """Among installed packages only those of the target's own are read."""
+    installed = root.name in ("site-packages", "dist-packages")
+    return not installed or module.split(".")[0] == target.split(".")[0]
+
+
+def _imported(file: Path, module: str) -> list[str]:
+    """What a module's source may import, by full name; what is no module is found nowhere."""
+    parts = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
+    found: list[str] = []
+    try:
+        tree = ast.parse(file.read_text("utf-8"))
+    except (SyntaxError, ValueError):
+        return found  # its bytes are part of the hash all the same
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = parts[: len(parts) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            names = [f"{base}.{alias.name}" if base else alias.name for alias in node.names]
+            found += [base, *names] if base else names
+    return found
 
 
 def _names(node: ast.stmt) -> list[str]:

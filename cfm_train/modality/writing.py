@@ -75,6 +75,8 @@ def write_texts(
         )
     tokenizer = backbone.tokenizer
     ids = torch.tensor([list(prompt) for prompt in prompts], device=backbone.device)
+    # Greedy, whatever the model's generation_config.json says: a penalty on what was there before
+    # would make it something else, and looks ids up that placeholders have none of.
     backbone.slots.take(batch)
     written = backbone.model.generate(
         input_ids=ids,
@@ -82,6 +84,9 @@ def write_texts(
         max_new_tokens=limit,
         do_sample=False,
         num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        min_length=0,
         pad_token_id=tokenizer.pad_token_id,
     )
     texts = tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)

@@ -15,7 +15,7 @@ from cfm_train.backbone.spec import ResolvedBackbone, resolve
 from cfm_train.data.sources import Checked, data_fingerprints
 from cfm_train.library.card import check_name
 from cfm_train.library.store import Library
-from cfm_train.modality.finding import FoundEncoder, find_encoder
+from cfm_train.modality.finding import FoundEncoder, find_encoder, looks
 from cfm_train.modality.fitting import check_fit
 from cfm_train.modality.items import Reader, check_items, hashes
 from cfm_train.operations import trained
@@ -72,8 +72,9 @@ def check(config: dict[str, Any]) -> Inputs:
     resolve_mode(config["tracking"]["mode"])
     backbone = resolve(config["backbone"])
     encoder = find_encoder(config["encoder"])
-    check_fit(config["connector"], config["encoder"])
-    checked, reader = check_items(config["data"], encoder.modality, config["name"])
+    check_fit(config["connector"], config["encoder"], backbone.config)
+    look = looks({"": encoder})
+    checked, reader = check_items(config["data"], encoder.modality, config["name"], look)
     library = Library(config["library"])
     library.check_writable()
     fingerprints = {

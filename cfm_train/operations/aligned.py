@@ -182,13 +182,14 @@ def some_vectors(cache: FeatureCache, items: list[str]) -> np.ndarray:
 def encode_all(
     checked: Checked, backbone: Backbone, placeholder: Placeholder, cache: FeatureCache, seed: int
 ) -> tuple[TaskData, ItemRows | None]:
-    """Every split as token numbers with placeholders, and the test rows with each other's items.
+    """Every split as token numbers with placeholders, and the test rows with each other's items
+    (None where they are about one item).
 
     Raises:
         UserError: see `encode_items`; said of the control too before anything is trained.
     """
     from cfm_train.data.encode import TaskData
-    from cfm_train.modality.encoding import encode_items, shuffled
+    from cfm_train.modality.encoding import control, encode_items
 
     length = min(checked.section["max_length"], backbone.tokenizer.model_max_length)
 
@@ -197,7 +198,8 @@ def encode_all(
 
     splits = {name: encoded(rows) for name, rows in checked.rows.items() if rows}
     test = checked.rows["test"]
-    other = encoded(test, shuffled(test, seed)) if len(test) > 1 else None
+    held = control(test, seed) if test else None
+    other = None if held is None else encoded(test, held)
     task = TaskData(checked.spec, splits["train"], splits.get("validation"), splits.get("test"))
     return task, other
 

@@ -87,7 +87,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
 
     from cfm_train.evaluation.contributions import contributions
     from cfm_train.evaluation.examples import Examples
-    from cfm_train.modality.encoding import shuffled
+    from cfm_train.modality.encoding import control
     from cfm_train.operations.setting import backbone_entries, brick_entry, open_backbone, unchanged
     from cfm_train.training.cost import peak_memory
 
@@ -100,8 +100,8 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     started = time.perf_counter()
     samples: list[dict[str, Any]] = []
     arms = {"test": [hashes(row) for row in inputs.rows]}
-    if len(inputs.rows) > 1:  # else there are no other row's items
-        arms["shuffled"] = shuffled(inputs.rows, config["seed"])
+    if (other := control(inputs.rows, config["seed"])) is not None:
+        arms["shuffled"] = other
     with backbone.slots.plugged(bricks):
         for arm, held in arms.items():
             scores = score_rows(config, inputs, backbone, senses, held)

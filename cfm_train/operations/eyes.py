@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cfm_train.data.rows import Row
 from cfm_train.errors import UserError
 from cfm_train.library.card import Card
-from cfm_train.modality.finding import FoundEncoder, find_encoder
+from cfm_train.modality.finding import FoundEncoder, find_encoder, looks
 from cfm_train.modality.items import Reader, hashes, read_rows
 from cfm_train.operations.align import open_cache
 from cfm_train.operations.selection import Selection
@@ -110,7 +110,8 @@ def read_asked(
     place = Path(data["items"]).expanduser()
     reader = Reader(data["root"], place if place.is_dir() else place.parent)
     kinds = [encoder.modality for encoder in encoders.values()]
-    rows = read_rows(data["items"], {**data, "prompt": prompt}, kinds, reader)
+    asked = {**data, "prompt": prompt}
+    rows = read_rows(data["items"], asked, kinds, reader, looks(encoders))
     return rows[: data["limit"]], reader
 
 

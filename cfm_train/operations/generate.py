@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from cfm_train.errors import UserError
-from cfm_train.modality.finding import FoundEncoder
+from cfm_train.modality.finding import FoundEncoder, looks
+from cfm_train.modality.forms import ITEM
 from cfm_train.operations.eyes import encoders_of, open_bricks
 from cfm_train.operations.selection import Selection, select
 from cfm_train.tracking.wandb_setting import resolve_mode
@@ -49,8 +50,9 @@ def check(config: dict[str, Any]) -> Inputs:
     resolve_mode(config["tracking"]["mode"])
     selection = select(config)
     encoders = encoders_of(selection, config["encoder"])
+    look = looks(encoders)
     known = {encoder.modality for encoder in encoders.values()}
-    prompt, items = config["prompt"], {}
+    prompt, items = _placed(config, known), {}
     fingerprints = dict(selection.fingerprints)
     for key, modality in _called(known).items():
         if config[key] is None:
@@ -64,6 +66,7 @@ def check(config: dict[str, Any]) -> Inputs:
         if not path.is_file():
             raise UserError(f"{key}: there is no file {path}.")
         items[modality] = path.read_bytes()
+        look(modality, items[modality], str(config[key]))
         fingerprints[modality] = hashlib.sha256(items[modality]).hexdigest()
         marker = f"<{modality}>"
         if marker not in prompt:
@@ -71,6 +74,23 @@ def check(config: dict[str, Any]) -> Inputs:
         if prompt.count(marker) > 1:
             raise UserError(f"The prompt has several {marker}, and there is one file.")
     return Inputs(selection, encoders, items, prompt, fingerprints)
+
+
+def _placed(config: dict[str, Any], known: set[str]) -> str:
+    """The prompt, ``<item>`` in it replaced by what is given, as rows have it in training.
+
+    Raises:
+        UserError: it has a place, and nothing is given for it.
+    """
+    prompt = str(config["prompt"])
+    if ITEM not in prompt or not known or ITEM.strip("<>") in known:
+        return prompt
+    called = _called(known).items()
+    given = [kind for key, kind in called if config[key] is not None and kind in known]
+    if not given:
+        keys = [f"{key}=FILE" for key, kind in called if kind in known]
+        raise UserError(f"The prompt asks for {ITEM}: give {' or '.join(keys)}.")
+    return prompt.replace(ITEM, "".join(f"<{kind}>" for kind in given))
 
 
 def _called(known: set[str]) -> dict[str, str]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from cfm_train.data.sources import data_fingerprints
 from cfm_train.errors import UserError
 from cfm_train.library.card import check_name
+from cfm_train.modality.finding import looks
 from cfm_train.modality.items import check_items
 from cfm_train.operations import align, trained
 from cfm_train.operations.eyes import encoders_of, open_bricks
@@ -66,7 +67,7 @@ def check(config: dict[str, Any]) -> Inputs:
     data = dict(config["data"])
     if data["prompt"] is None:
         data["prompt"] = selection.cards[ref].recipe.get("data", {}).get("prompt", "<item>")
-    checked, reader = check_items(data, encoder.modality, config["name"])
+    checked, reader = check_items(data, encoder.modality, config["name"], looks(encoders))
     selection.library.check_writable()
     fingerprints = {
         **selection.fingerprints,

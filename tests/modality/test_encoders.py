@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib
 import io
 import json
@@ -14,11 +15,13 @@ import pytest
 import torch
 
 from cfm_train.errors import UserError
-from cfm_train.modality.encoding import shuffled
+from cfm_train.modality.encoding import control, shuffled
 from cfm_train.modality.finding import find_encoder
 from cfm_train.modality.fitting import check_fit
+from cfm_train.modality.forms import rows_of
 from cfm_train.modality.items import Reader, check_items
 from cfm_train.modality.series import read_series
+from cfm_train.modality.targets import find_target
 
 SERIES = {"kind": "series", "channels": 2, "patch": 4, "stride": 3}
 TABLE = {
@@ -87,6 +90,8 @@ def test_a_series_is_the_same_from_npy_csv_and_a_row() -> None:
         (b"\xff\xfe", "is no series of numbers"),
         (b"\x93NUMPY broken", "is no series of numbers"),
         (b"[1, NaN]", "finite numbers"),
+        (b"[1, 1e39]", "finite numbers"),  # float32 ends at 3.4e38
+        (b",\n1,2", "is no series of numbers"),  # a step without values is no line of names
         (b"[]", "finite numbers"),
         (b"[1, 2]", "1 channels, and encoder.channels=2"),
     ):
@@ -196,7 +201,7 @@ def test_a_tables_row_by_hand() -> None:
 
 def test_hashing_is_what_it_was() -> None:
     """A change of the hash would make every table's brick read other features."""
-    from cfm_train.modality.encoders.table import hashed
+    from cfm_train.modality.table import hashed
 
     assert hashed("", 4) == hashed("", 4)
     by_hand = [0.0] * 4
@@ -256,6 +261,26 @@ def test_code_is_known_by_its_source_and_its_weights(
     assert find_encoder(target("length")).fingerprint != first
 
 
+def test_code_is_known_by_the_modules_that_it_imports_too(own: Path) -> None:
+    """Those of a person's own, however deep; neither installed ones nor ones beside it."""
+    inner = own.parent / "inner"
+    inner.mkdir()
+    (inner / "__init__.py").write_text("")
+    (inner / "first.py").write_text("from . import second\nfrom json import loads\n")
+    (inner / "second.py").write_text("SCALE = 1.0\n")
+    (inner / "apart.py").write_text("")
+    own.write_text(f"{OWN}\nfrom inner.first import second\nimport own_features\n")
+    known = find_target("own_features.length").source()
+    assert sorted(known) == ["inner", "inner.first", "inner.second", "own_features"]
+    first = find_encoder(target("length")).fingerprint
+    (inner / "apart.py").write_text("SCALE = 3.0\n")
+    assert find_encoder(target("length")).fingerprint == first
+    (inner / "second.py").write_text("SCALE = 2.0\n")
+    assert find_encoder(target("length")).fingerprint != first
+    (inner / "third.py").write_text("from .second import SCALE\n\n\ndef of(content): ...\n")
+    assert sorted(find_target("inner.third.of").source()) == ["inner.second", "inner.third"]
+
+
 @pytest.mark.parametrize(
     ("name", "complaint"),
     [
@@ -313,6 +338,15 @@ def test_items_that_stand_within_their_rows(tmp_path: Path) -> None:
     assert row["_items"] == ['json:{"a":2}']
 
 
+def test_a_cell_that_is_no_json_is_refused() -> None:
+    """Parquet has dates."""
+    values = {"table": {"born": datetime.date(1990, 1, 1)}, "text": "w5"}
+    with pytest.raises(
+        UserError, match=r"^here: an item .* numbers and texts \(Object of type date"
+    ):
+        rows_of(values, "here", {"text": "text"}, ["table"])
+
+
 def test_rows_swap_items_or_borrow_them() -> None:
     """Where no other row has as many items, they come from any other row."""
     rows: list[dict[str, Any]] = [
@@ -322,6 +356,8 @@ def test_rows_swap_items_or_borrow_them() -> None:
     other = shuffled(rows, 0)
     assert [len(items) for items in other] == [1, 1, 2, 1]
     assert all(not set(new) & set(row["_items"]) for new, row in zip(other, rows, strict=True))
+    assert control(rows, 0) == other
+    assert control([rows[0], {**rows[0], "text": ["a", "asked otherwise"]}], 0) is None
 
 
 @pytest.mark.parametrize(
@@ -331,6 +367,7 @@ def test_rows_swap_items_or_borrow_them() -> None:
         ({"factor": 2}, {"size": 128, "pool": "mean"}, "connector.factor=2: an item has 1 feature"),
         ({"factor": 3}, {"size": 32, "patch": 8}, "connector.factor=3: an item has 16 feature"),
         ({}, {"size": 30, "patch": 8}, "encoder.size=30 is no multiple"),
+        ({"every": 3}, {}, "connector.every=3 chooses no layer of the 2"),
         ({}, SERIES | {"stride": 5}, "encoder.stride=5 passes over steps"),
         ({}, TABLE | {"numbers": {}, "texts": []}, "name the columns"),
     ],
@@ -339,5 +376,6 @@ def test_what_does_not_fit_is_said_before_torch(
     connector: dict[str, Any], encoder: dict[str, Any], complaint: str
 ) -> None:
     with pytest.raises(UserError, match=complaint):
-        check_fit(connector, encoder)
-    check_fit({"factor": 2, "inner": 8, "heads": 4}, {"size": 32, "patch": 8})
+        check_fit(connector, encoder, {"num_hidden_layers": 2})
+    check_fit({"factor": 2, "inner": 8, "heads": 4}, {"size": 32, "patch": 8}, {})
+    check_fit({"every": 3, "layers": 4, "inner": 8, "heads": 4}, {}, {"num_hidden_layers": 2})

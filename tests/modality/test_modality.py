@@ -211,3 +211,19 @@ def test_a_resampler_does_not_see_what_is_not_there() -> None:
     wide = torch.cat([item, 100 * torch.randn(1, 2, WIDTH)], dim=1)
     beside, _ = brick.tokens_of(wide, torch.tensor([[True] * 3 + [False] * 2]))
     torch.testing.assert_close(beside, alone, atol=1e-6, rtol=0)
+
+
+def test_a_feature_that_never_moved_is_not_loud_when_it_does() -> None:
+    """A word of a table that no training row had: a bucket that was always zero."""
+    brick = modality()
+    draw = torch.randn(100, WIDTH, generator=torch.Generator().manual_seed(0))
+    draw[:, 2] = 0.25
+    draw[:, 3] = 1e-9 * draw[:, 3]
+    brick.standardise(draw)
+    deviation = brick.get_buffer("deviation")
+    own = draw.double().std(dim=0, correction=0)
+    expected = torch.where(own < 1e-3 * own.mean(), own.mean(), own).float()
+    torch.testing.assert_close(deviation, expected)
+    assert float((1 - brick.get_buffer("mean")[2]) / deviation[2]) < 2
+    brick.standardise(draw[:1])
+    assert torch.equal(brick.get_buffer("deviation"), torch.ones(WIDTH))

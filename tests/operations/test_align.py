@@ -25,6 +25,7 @@ from cfm_train.modality.cache import FeatureCache
 from cfm_train.modality.finding import find_encoder
 from cfm_train.modality.images import read_image
 from cfm_train.modality.items import Reader, check_items
+from cfm_train.modality.judging import by_items
 from cfm_train.modality.scoring import class_scores
 from cfm_train.modality.writing import generate
 from tests.backbones import folder, randomise, tiny
@@ -142,7 +143,11 @@ def test_one_test_row_has_no_control(items: Path, capsys: pytest.CaptureFixture[
     record, out = run(capsys, *ALIGN, *short)
     assert [name for name in record["metrics"] if name.startswith("test")] == ["test/loss"]
     assert not any("shuffled" in name for name in record["metrics"])
-    assert "one row has no other's items to swap with" in out
+    assert "all rows are about one item, so there is no control" in out
+    row = json.loads((items / "one.jsonl").read_text())
+    (items / "one.jsonl").write_text(json.dumps({**row, "text": ["w5", "w6", "w7"]}))
+    record, out = run(capsys, *ALIGN, *short)  # three rows, and no other item
+    assert not any("shuffled" in name for name in record["metrics"])
 
 
 def test_a_factor_that_fits_no_grid_is_refused_before_a_run_exists(
@@ -224,6 +229,47 @@ def test_after_a_system_message_rows_are_told_apart_by_what_is_asked(items: Path
     (row,) = checked.rows["train"]
     assert [turn["content"] for turn in row["turns"][:2]] == ["Be kind.", "<image>\nWhere?"]
     assert checked.leaks.counts == {"train in test": 1}
+
+
+def test_questions_about_one_item_stay_on_one_side(items: Path) -> None:
+    """What is tested was not seen; questions about a single item are cut themselves."""
+    lines = []
+    for i in range(20):
+        for asked in ("What?", "Where?", "Why?"):
+            turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": "w5"}]
+            lines.append(json.dumps({"image": f"img/{i}.npy", "messages": turns}))
+    section = {"items": "rows.jsonl", "validation": None, "test": None, "root": None,
+               "text": "text", "prompt": "<item>", "validation_fraction": 0.3,
+               "test_fraction": 0.3, "limit": None}  # fmt: skip
+    (items / "rows.jsonl").write_text("\n".join(lines))
+    checked, _ = check_items(section, "image", "x")
+    sides = [{row["_items"][0] for row in rows} for rows in checked.rows.values()]
+    assert all(sides) and sum(map(len, sides)) == 20 == len(set.union(*sides))
+    assert sum(map(len, checked.rows.values())) == 60
+    (items / "rows.jsonl").write_text("\n".join(lines[:3]))
+    checked, _ = check_items(section, "image", "x")
+    assert len(checked.rows["train"]) < 3 and checked.rows["test"]
+
+
+def test_losses_of_one_item_are_one_draw() -> None:
+    found = by_items(np.array([1.0, 2.0, 4.0, 6.0]), [("a",), ("b",), ("a",), ("b",)])
+    np.testing.assert_array_equal(found, [2.5, 4.0])
+
+
+def test_items_that_cannot_be_read_stop_before_a_run_exists(
+    items: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder("llama"), "lm")
+    kept = [one for one in ALIGN if not one.startswith(("encoder", "connector"))]
+    table = ["encoder=table", "encoder.texts=[town]"]
+    for encoder, row, complaint in (
+        (["encoder=series"], {"series": [[1, 2], [3, 4]]}, "the series has 2 channels"),
+        (table, {"table": {"town": "Ulm", "age": 3}}, "the encoder does not read the column"),
+    ):
+        (items / "items.jsonl").write_text(json.dumps({**row, "text": "w5"}))
+        assert main([*kept, "backbone.path=./lm", *encoder]) == 2
+        assert f"items.jsonl:1: {complaint}" in capsys.readouterr().err
+    assert not (items / "outputs").exists()
 
 
 def test_the_cache_is_forecast_refused_and_goes_on(items: Path) -> None:

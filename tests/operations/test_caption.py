@@ -19,7 +19,7 @@ from cfm_train.modality.scoring import class_scores
 from cfm_train.modality.writing import generate, write_texts
 from tests.backbones import folder, tiny
 from tests.coloured_items import ALIGN, run
-from tests.modality.test_modality import WIDTH, modality
+from tests.modality.test_modality import WIDTH, features, modality
 
 QUIET = ["evaluation.bootstrap=20", "tracking=disabled"]
 
@@ -164,6 +164,21 @@ def test_prompts_of_one_length_are_written_to_together_as_one_by_one() -> None:
     assert list(alike([[1], [1, 2], [3], [4]], 2)) == [[0, 2], [3], [1]]
 
 
+def test_writing_is_greedy_whatever_the_model_would_rather() -> None:
+    """A penalty on what was there before looks up ids, and placeholders have none."""
+    backbone, senses = tiny("llama"), two_senses()
+    eyes, settings = senses["image"].brick, backbone.model.generation_config
+    prompt = [5, *[eyes.sentinel] * eyes.count(2), 7]
+    (row,) = features([[2]])
+    with backbone.slots.plugged([eyes]):
+        plain = generate(backbone, prompt, given("image", [row]), 8)
+        settings.repetition_penalty, settings.no_repeat_ngram_size = 1.3, 1
+        try:
+            assert generate(backbone, prompt, given("image", [row]), 8) == plain
+        finally:
+            settings.repetition_penalty, settings.no_repeat_ngram_size = 1.0, 0
+
+
 def test_several_images_and_vectors_are_classified_and_asked(
     items: Path,
     capsys: pytest.CaptureFixture[str],
@@ -193,5 +208,10 @@ def test_several_images_and_vectors_are_classified_and_asked(
         "image=img/0.npy", "features=img/v0.npy", "max_new_tokens=2", "tracking=disabled",
     )  # fmt: skip
     assert asked["samples"][0]["input"] == "<image> w8 <features> w9"
+    both = ["recipe=generate", "bricks=[eyes,numbers]", "prompt=w8 <item> w9", "tracking=disabled"]
+    asked, _ = run(capsys, *both, "features=img/v0.npy", "image=img/0.npy", "max_new_tokens=2")
+    assert asked["samples"][0]["input"] == "w8 <image><features> w9"
+    assert main(both) == 2
+    assert "asks for <item>: give image=FILE or features=FILE" in capsys.readouterr().err
     assert main(["recipe=modality/classify", "bricks=[eyes]", "data.items=rows.jsonl"]) == 2
     assert "a text or of type image, found 'features'" in capsys.readouterr().err

@@ -22,9 +22,9 @@ from torch.nn import functional as F
 
 from cfm_train.backbone.plugs import Call, Out, Plug
 from cfm_train.config.types import Positive
-from cfm_train.errors import UserError
 from cfm_train.modality.connectors.connector import Connector
 from cfm_train.modality.connectors.resampler import Resampler
+from cfm_train.modality.fitting import check_layers
 from cfm_train.modality.sight import Sight
 
 if TYPE_CHECKING:
@@ -63,12 +63,8 @@ class GatedCrossAttention(Connector):
             UserError: no layer is chosen.
         """
         layers = backbone.sites.layers[""]
+        check_layers(self.every, layers)
         names = tuple(f"layer.{i}" for i in range(layers) if (i + 1) % self.every == 0)
-        if not names:
-            raise UserError(
-                f"connector.every={self.every} chooses no layer of the {layers} that the backbone "
-                "has: give a smaller number."
-            )
         self.blocks = nn.ModuleList(
             _Gated(backbone.sites[name].out_features, self.inner, self.heads) for name in names
         )
