@@ -300,6 +300,18 @@ def test_new_facts_are_judged_beside_those_that_are_there() -> None:
     assert [one["input"] for one in samples] == [own, taken]
 
 
+def test_a_stored_gate_opens_its_encoder_wherever_it_is_asked() -> None:
+    backbone, brick = tiny("llama"), acting("map", tiny("llama"))
+    brick.gate = calibrate(TOLD, encoder(), false_fires=0.0, threshold=-1.0).gate
+    inputs = named(backbone)
+    expected = laws.plugged(backbone, [brick], inputs)
+    again = Map.restore(json.loads(json.dumps(brick.interface())), brick.files(), backbone)
+    again.eval().requires_grad_(False)
+    with torch.inference_mode():
+        assert torch.equal(laws.plugged(backbone, [again], inputs), expected)
+    assert not next(again.gate.encoder.model.parameters()).is_inference()
+
+
 def test_maps_start_as_they_should() -> None:
     """A new map changes nothing; new rows are those of random tokens, whatever the fact."""
     backbone = tiny("llama")
