@@ -6,11 +6,13 @@ import json
 import math
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.documents import arms_table, kept, together_table
+from benchmarks.documents import arms_table, measured, together_table
 from benchmarks.facts import KINDS, _ways, counterfact, existing, pararel, row_of
 from benchmarks.facts import as_markdown as facts_table
 from benchmarks.merge_table import as_markdown
@@ -125,16 +127,25 @@ def test_rules_are_held_against_the_baseline_over_tasks() -> None:
 
 
 def test_what_is_kept_is_a_share_of_the_gain_in_the_mean_of_both_orders() -> None:
-    found = {
-        "bare": {"loss": 5.0, "exact_match": 0.1},
-        "alone": {"loss": 3.0, "exact_match": 0.5},
-        "together": {"loss": 3.5, "exact_match": 0.4},
-        "turned": {"loss": 3.3, "exact_match": 0.44},
+    def said(nats: list[float], exact: list[float]) -> SimpleNamespace:
+        tokens = np.array([1.0, 3.0])
+        return SimpleNamespace(nats=np.array(nats), exact=np.array(exact), tokens=tokens)
+
+    asked = {
+        "bare": said([5.0, 15.0], [0.0, 0.0]),
+        "alone": said([3.0, 9.0], [1.0, 1.0]),
+        "together": said([3.5, 10.5], [1.0, 1.0]),
+        "turned": said([3.3, 9.9], [1.0, 0.0]),
     }
-    assert kept(found, "loss") == pytest.approx(0.8)
-    assert kept(found, "exact_match") == pytest.approx(0.8)
+    found = measured(asked, 20)
+    assert found["together/loss"]["value"] == pytest.approx(3.4)  # of a token, not of a question
+    assert found["kept"]["value"] == pytest.approx(0.8)
+    assert found["score kept"]["value"] == pytest.approx(0.75)
+    assert found["kept"]["n"] == 2
     table = together_table({("law", "alone"): found}).splitlines()
-    assert table[2] == "| law | alone | 50.0 | 42.0 | 0.80 | 0.80 |"
+    ends = "[{low:.2f}, {high:.2f}]".format(**found["score kept"])
+    cells = f"0.0 (5.00) | 100.0 (3.00) | 75.0 (3.40) | 0.75 {ends} | 0.80 [0.80, 0.80]"
+    assert table[2] == f"| law | alone | {cells} |"
 
 
 def test_the_table_of_arms_has_gains_with_intervals() -> None:
@@ -148,7 +159,7 @@ def test_the_table_of_arms_has_gains_with_intervals() -> None:
         ],
         "gains": [
             {"arm": "brick", "over": "bare", "exact_match": figure(0.2)},
-            {"arm": "both", "over": "text", "exact_match": figure(0.05)},
+            {"arm": "both", "over": "text", "exact_match": figure(0.05), "loss": figure(-0.05)},
             {"arm": "brick", "over": "text", "exact_match": figure(-0.2)},
         ],
         "unrelated": {"perplexity_ratio": figure(1.01)},
@@ -156,7 +167,8 @@ def test_the_table_of_arms_has_gains_with_intervals() -> None:
     row = arms_table({("law", "LoRA"): arms}).splitlines()[2]
     assert row == (
         "| law | LoRA | 10.0 (3.90) | 50.0 (3.50) | 30.0 (3.70) | 55.0 (3.45) | "
-        "+20.0 (10.0 to 30.0) | +5.0 (-5.0 to 15.0) | 1.010 |"
+        "+20.0 (10.0 to 30.0) | +5.0 (-5.0 to 15.0) | "
+        "-0.050 (-0.150 to 0.050) | 1.010 |"
     )
 
 
@@ -173,6 +185,8 @@ def test_facts_with_patterns_held_out(shared: Path) -> None:
     told = counterfact(shared / "data" / "facts" / "counterfact.jsonl", 5)
     assert [fact["answer"] for fact in told][:2] == ["English", "Islam"]
     assert not any(fact["paraphrases"] for fact in told)
+    own = counterfact(shared / "data" / "facts" / "counterfact.jsonl", 200)
+    assert [fact["subject"] for fact in own if not fact["held_out"]] == ["Haseeb Ahsan"]
     assert _ways(["[X] is in [Y] .", "[Y] has [X]", "[X] is in [Y]."]) == ["[X] is in"]
 
 
@@ -186,7 +200,7 @@ def test_a_paraphrase_that_is_taught_is_in_the_words_of_the_relation(shared: Pat
     for fact in told:
         for prompt in fact["paraphrases"]:
             assert fact["subject"] in prompt and prompt != fact["prompt"]
-            assert not fact["held_out"][0].endswith(prompt)
+            assert not any(text.endswith(prompt) for text in fact["held_out"])
 
 
 def test_kinds_that_are_not_there_are_left_out_with_a_line(
