@@ -28,6 +28,7 @@ from typing import Any
 
 from benchmarks.carried import brick_lm
 from cfm_train.config.catalogue import groups
+from cfm_train.data.facts import normalised
 
 #: Kind -> the brick of ``conf/brick``, and what else is set.
 KINDS = {
@@ -123,12 +124,15 @@ def counterfact(path: Path, count: int, *, paraphrased: bool = False) -> list[di
     facts: dict[str, dict[str, Any]] = {}
     for at, row in enumerate(rows):
         if len(facts) < count and row["subject"] not in facts:
+            taught = {normalised(text) for text in (row["prompt"], *more.get(at, []))}
+            asked = row["rephrase_prompt"]
             facts[row["subject"]] = {
                 "subject": row["subject"],
                 "prompt": row["prompt"],
                 "answer": row["target_new"],
                 "paraphrases": more.get(at, []),
-                "held_out": [row["rephrase_prompt"]],
+                # A few paraphrases are the prompt itself.
+                "held_out": [] if normalised(asked) in taught else [asked],
                 "neighbours": [{"prompt": row["locality_prompt"]}],
             }
     return list(facts.values())

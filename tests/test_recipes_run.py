@@ -405,7 +405,7 @@ def test_facts_are_taught_and_forgotten(
         (["recipe=knowledge/forget", "bricks=[told]", "facts=[w9]"], "knows nothing about 'w9'"),
         (["recipe=knowledge/forget", "bricks=[less]", "facts=[0,1]"], "would know nothing"),
         (["recipe=merge/linear", "bricks=[told,less]"], "holds facts"),
-        ([*command[:3], "data.facts=facts.jsonl", "brick=lora"], "has no parameters for each fact"),
+        ([*command[:4], "data.facts=facts.jsonl", "brick=lora"], "has no parameters for each fact"),
     ):
         assert main([*wrong, *([] if wrong[1] == "name=told" else ["name=x"])]) == 2
         assert complaint in capsys.readouterr().err
@@ -463,7 +463,12 @@ def test_facts_are_taught_together_and_more_are_remembered(
         capsys, "recipe=knowledge/remember", "name=more", "bricks=[told]",
         "data.facts=more.jsonl", *short, "tracking=disabled",
     )  # fmt: skip
-    assert set(more["checks"]) == {"backbone unchanged", "the others' answers are as they were"}
+    assert set(more["checks"]) == {
+        "backbone unchanged",
+        "the others' answers are as they were",
+        "the gate finds the others as it did",
+    }
+    assert more["metrics"]["gate_bytes_per_fact"]["value"] == 2 * (384 * 4 + 8)
     assert all(check["passed"] for check in more["checks"].values())
     assert more["metrics"]["prompt/brick/exact_match"]["n"] == 1
     assert more["metrics"]["bytes_per_fact"]["n"] == 3

@@ -120,6 +120,9 @@ class Backbone(nn.Module):
         return checksum(self.model)
 
 
+# A gate loads its encoder at the first prompt, which may be read in inference mode: neither can
+# sites be followed there, nor is what is made there of use outside.
+@torch.inference_mode(False)
 def load_backbone(
     resolved: ResolvedBackbone, *, dtype: str = "auto", device: torch.device | str = "cpu"
 ) -> Backbone:

@@ -73,7 +73,9 @@ class ByVector:
         self, facts: Sequence[Mapping[str, Any]], encoder: Encoder | None, given: Tensor | None
     ) -> Tensor:
         if given is not None:
-            return nn.functional.normalize(given.float(), dim=-1)[:, None].half()
+            # The largest number first, so that no square is beyond any number, or nothing.
+            largest = given.double().abs().amax(-1, keepdim=True)
+            return nn.functional.normalize(given.double() / largest, dim=-1)[:, None].half()
         assert encoder is not None
         texts = [words(fact, part) for fact in facts for part in self.parts()]
         return encoder.encode(texts).unflatten(0, (len(facts), -1)).half()

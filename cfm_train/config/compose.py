@@ -170,7 +170,7 @@ def prepare(overrides: Sequence[str], *, sweep: bool = False) -> list[str]:
             prepared.append(override)
         elif (group := bare.partition("@")[0]) in known or bare == "recipe":
             if equals and not (sweep and set(value) & set(",()")):
-                _check_choice(group, value)
+                _check_choice(group, value, bare)
             prepared.append(override)
         elif key.startswith("~"):
             prepared.append(override)
@@ -186,14 +186,14 @@ def is_hydras(override: str) -> bool:
     return override.lstrip("+~").startswith(("hydra.", "hydra/"))
 
 
-def _check_choice(group: str, name: str) -> None:
-    """Refuses an option that has no file, with the nearest name."""
+def _check_choice(group: str, name: str, key: str | None = None) -> None:
+    """Refuses an option that has no file, with the nearest name; ``key`` is what was typed."""
     options = recipes() if group == "recipe" else groups().get(group, {})
     if name in options:
         return
     by_last = [known for known in options if known.rsplit("/", 1)[-1] == name]
     hint = f" Did you mean '{by_last[0]}'?" if by_last else nearest(name, options)
-    raise UserError(f"{group}={name}: there is no {group} '{name}'.{hint}")
+    raise UserError(f"{key or group}={name}: there is no {group} '{name}'.{hint}")
 
 
 def as_yaml(config: dict[str, Any]) -> str:

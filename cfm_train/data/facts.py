@@ -92,7 +92,8 @@ def read_facts(path: str, *, key: str = "data.facts", limit: int | None = None) 
         limit: at most so many facts, the first ones.
 
     Raises:
-        UserError: a row is wrong, or two ask the same; with file and line.
+        UserError: a row is wrong, two ask the same, or what is held out is taught; with file and
+            line.
     """
     facts: list[Fact] = []
     asked: dict[str, tuple[str, str]] = {}
@@ -112,6 +113,14 @@ def read_facts(path: str, *, key: str = "data.facts", limit: int | None = None) 
         facts.append(fact)
     if not facts:
         raise UserError(f"{key}: {path} holds no facts.")
+    for fact in facts:
+        for prompt in fact.held_out:
+            _, at = asked.get(normalised(prompt), ("", ""))
+            if at:
+                raise UserError(
+                    f"{fact.at}: the prompt '{prompt}' is held out, and {at} teaches it: take it "
+                    "out of one of them."
+                )
     width = len(facts[0].vector)
     for fact in facts:
         if len(fact.vector) != width:

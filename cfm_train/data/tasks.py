@@ -26,7 +26,7 @@ METRICS: dict[str, tuple[str, ...]] = {
 #: All other metrics are better when they are higher.
 LOWER_IS_BETTER = frozenset(
     {"loss", "perplexity", "rmse", "bits_per_byte", "perplexity_ratio"}
-    | {"bytes_per_fact", "seconds_per_fact"}
+    | {"bytes_per_fact", "gate_bytes_per_fact", "shared_bytes", "seconds_per_fact"}
 )
 
 #: Task types whose answer is one of (or some of) a list of labels.

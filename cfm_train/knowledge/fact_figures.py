@@ -42,6 +42,7 @@ def judge(
     unrelated: Encoded | None,
     bootstrap: int,
     seed: int,
+    first: int = 0,
     tick: Tick | None = None,
 ) -> tuple[Figures, list[dict[str, Any]]]:
     """All figures, and samples of what is said.
@@ -52,11 +53,13 @@ def judge(
         facts: the facts in the brick's order.
         unrelated: text that has nothing to do with them; None for none.
         bootstrap, seed: of the intervals.
+        first: the facts before it are there, and not asked about.
         tick: told how many prompts have been answered, as often as `passes` counts.
     """
     figures: Figures = {}
     samples: list[dict[str, Any]] = []
-    longest = max(len(answer_ids(backbone, fact)) for fact in facts) + 2
+    own = list(enumerate(facts))[first:]
+    longest = max(len(answer_ids(backbone, fact)) for _, fact in own) + 2
 
     def mean(name: str, values: Sequence[float], minus: Sequence[float] | None = None) -> None:
         if len(values):
@@ -65,7 +68,7 @@ def judge(
             figures[name] = score.as_dict()
 
     for name in SETS:
-        asked = [(text, at) for at, fact in enumerate(facts) for text in _prompts(fact, name)]
+        asked = [(text, at) for at, fact in own for text in _prompts(fact, name)]
         if not asked:
             continue
         found = _find(brick, [text for text, _ in asked])
@@ -95,7 +98,7 @@ def judge(
         pairs = [(text, answer_ids(backbone, facts[at])) for text, at in asked]
         forced = _forced(backbone, brick, pairs, found, tick)
         mean(f"{name}/brick/teacher_forced_accuracy", forced)
-    _locality(backbone, brick, facts, longest, mean, tick)
+    _locality(backbone, brick, facts[first:], longest, mean, tick)
     if unrelated is not None:
         # Plugged in like any brick: the gate reads each window, and every pass is run.
         elsewhere = cost(
@@ -135,15 +138,13 @@ def _locality(
     mean: Callable[[str, Sequence[float]], None],
     tick: Tick | None,
 ) -> None:
-    others = [(text, at) for at, fact in enumerate(facts) for text in fact.others]
+    others = [(text, fact.answer) for fact in facts for text in fact.others]
     if others:
         texts = [text for text, _ in others]
         found = _find(brick, texts)
         for arm in ("bare", "brick"):
             said = generate(backbone, brick, texts, found, longest, tick, bare=arm == "bare")
-            taught = [
-                float(_says(s, facts[at].answer)) for s, (_, at) in zip(said, others, strict=True)
-            ]
+            taught = [float(_says(s, answer)) for s, (_, answer) in zip(said, others, strict=True)]
             mean(f"others/{arm}/says the taught answer", taught)
     near = [text for fact in facts for text in fact.neighbours]
     if near:

@@ -90,6 +90,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
         tracked,
         unchanged,
     )
+    from cfm_train.operations.taught import others_check
 
     selection, old = inputs.selection, inputs.card
     section = {**selection.section, "dtype": "float32"}
@@ -102,7 +103,7 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
         now = logits_of(backbone, brick, facts, range(len(kept)))
         then = logits_of(backbone, whole, facts, kept)
         same_answers = all(torch.equal(a, b) for a, b in zip(now, then, strict=True))
-        checks = {"the others' answers are as they were": same_answers}
+        checks = {others_check(brick): same_answers}
         if brick.gate is not None:
             forgotten = [from_taught(whole.facts[at]) for at in inputs.gone]
             found = brick.gate.find([text for fact in forgotten for text in fact.prompts])

@@ -56,6 +56,7 @@ def check(config: dict[str, Any]) -> Inputs:
     for name in names(config):
         check_name(name)
     resolve_mode(config["tracking"]["mode"])
+    trained.check_kind(config["brick"]["kind"])
     selection = select(config)
     encoders = encoders_of(selection, config["encoder"])
     if len(encoders) != 1 or len(selection.trees) != 1:

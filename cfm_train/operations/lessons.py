@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cfm_train.backbone.spec import ResolvedBackbone
+from cfm_train.config.compose import option
 from cfm_train.config.signature import constants
 from cfm_train.errors import UserError
 from cfm_train.library import gate
@@ -15,6 +16,8 @@ from cfm_train.library.store import Library
 #: Kinds several of which may be plugged in together: keys and values side by side in attention,
 #: and low-rank updates, which add up.
 COMPANY = ("cartridge", "document", "lora", "prefix")
+#: Keys of `trainer` that a run heeds which trains nothing.
+UNTRAINED = ("precision", "deterministic", "threads")
 
 
 def check_objective(config: Mapping[str, Any]) -> None:
@@ -33,6 +36,13 @@ def check_objective(config: Mapping[str, Any]) -> None:
             )
         if config["distractors"]:
             raise UserError("distractors are for training, and recipe=knowledge/prefix has none.")
+        usual = option("trainer", "default", learning_rate=config["brick"]["learning_rate"])
+        for key, given in config["trainer"].items():
+            if key not in UNTRAINED and given != usual[key]:
+                raise UserError(
+                    f"trainer.{key}={given} is for training, and a brick of kind {kind} is not "
+                    "trained: leave it out."
+                )
         return
     if not objective["learn"]:
         raise UserError("objective.learn is empty: name documents, questions or both.")

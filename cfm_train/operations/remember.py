@@ -2,7 +2,7 @@
 
 The encoder that the brick was made with reads the new facts; maps and the others' vectors stay, and
 so do the others' answers, to the bit; the run tries it. The gate takes the new prompts in and keeps
-its threshold. What is judged are the new facts alone.
+its threshold. Asked are the new facts, of the brick that knows the others too.
 """
 
 from __future__ import annotations
@@ -60,12 +60,14 @@ def check(config: dict[str, Any]) -> Inputs:
             f"{card.ref} ({card.kind}) computes no facts: teach them with recipe=knowledge/facts, "
             f"or make a brick that takes more later (brick={' or '.join(computed)})."
         )
-    described = card.interface["encoder"]
+    described, gate = card.interface["encoder"], card.interface["gate"]
     encoded: dict[str, str] = {}
-    if described is not None:
-        encoder = resolve(described["section"], "sentence_encoder")
+    readers = [(one["section"], one["fingerprint"]) for one in [described] if one]
+    readers += [(one["encoder"], one["fingerprint"]) for one in [gate] if one]
+    for section, expected in readers:
+        encoder = resolve(section, "sentence_encoder")
         encoded["encoder"] = fingerprint(encoder.folder)
-        if encoded["encoder"] != described["fingerprint"]:
+        if encoded["encoder"] != expected:
             raise UserError(
                 f"{card.ref} was read with another '{encoder.id}' than the one here: install that "
                 "one, or teach the facts again."
@@ -82,7 +84,7 @@ def check(config: dict[str, Any]) -> Inputs:
         normalised(prompt) for old in card.interface["facts"] for prompt in from_taught(old).prompts
     }
     for fact in facts:
-        for prompt in fact.prompts:
+        for prompt in (*fact.prompts, *fact.held_out):
             if normalised(prompt) in known:
                 raise UserError(
                     f"{fact.at}: {card.ref} knows the prompt '{prompt}' already: leave it out, or "
@@ -115,7 +117,14 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
         tracked,
         unchanged,
     )
-    from cfm_train.operations.taught import given, samples_of, sizes, windows
+    from cfm_train.operations.taught import (
+        given,
+        others_check,
+        prompts_found,
+        samples_of,
+        sizes,
+        windows,
+    )
 
     selection, old = inputs.selection, inputs.card
     section = {**selection.section, "dtype": "float32"}
@@ -132,17 +141,23 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
         now = logits_of(backbone, more, known, range(len(known)))
         then = logits_of(backbone, less, known, range(len(known)))
         same_answers = all(torch.equal(a, b) for a, b in zip(now, then, strict=True))
-        new = more.only(range(len(known), len(more)), backbone).eval().requires_grad_(False)
+        checks = {others_check(more): same_answers}
+        if more.gate is not None:
+            alone = more.gate.only(range(len(known)))
+            checks["the gate finds the others as it did"] = prompts_found(
+                more.gate, known
+            ) == prompts_found(alone, known)
         unrelated = windows(backbone, inputs.unrelated, config["evaluation"])
         total = passes(inputs.facts, unrelated)
         with tqdm(total=total, desc="judged", unit="prompt", leave=False) as bar:
             figures, samples = judge(
                 backbone,
-                new,
-                inputs.facts,
+                more,
+                [*known, *inputs.facts],
                 unrelated=unrelated,
                 bootstrap=config["evaluation"]["bootstrap"],
                 seed=config["seed"],
+                first=len(known),
                 tick=bar.update,
             )
         figures |= sizes(more)
@@ -167,11 +182,8 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
         wandb.summary({name: figure["value"] for name, figure in figures.items()})
     print(f"{card.ref} knows {len(more)} facts, {len(inputs.facts)} of them new")
     entries = backbone_entries(backbone, same)
-    entries["checks"]["the others' answers are as they were"] = {
-        "value": same_answers,
-        "tolerance": None,
-        "passed": same_answers,
-    }
+    for name, passed in checks.items():
+        entries["checks"][name] = {"value": passed, "tolerance": None, "passed": passed}
     return {
         "brick": brick_entry(card, selection.library),
         **entries,

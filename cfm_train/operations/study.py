@@ -55,6 +55,7 @@ def check(config: dict[str, Any]) -> Inputs:
     """
     check_name(config["name"])
     resolve_mode(config["tracking"]["mode"])
+    trained.check_kind(config["brick"]["kind"])
     lessons.check_objective(config)
     backbone = resolve(config["backbone"])
     lessons.check_lengths(config, backbone, config["brick"].get("tokens") or 0)

@@ -86,14 +86,33 @@ def single(value: float, n: int) -> dict[str, Any]:
     return {"value": value, "low": value, "high": value, "n": n}
 
 
+def others_check(brick: Any) -> str:
+    """What is tried where a brick has more or fewer facts: each other one by itself.
+
+    Without a gate all facts act at once, so what is said changes with them: it is not claimed.
+    """
+    others = "the others' answers are as they were"
+    return others if brick.gate is not None else f"{others}, each fact by itself"
+
+
+def prompts_found(gate: Any, facts: Sequence[Fact]) -> list[int]:
+    """What a gate makes of all prompts that facts were taught with."""
+    found: list[int] = gate.find([text for fact in facts for text in fact.prompts])
+    return found
+
+
 def sizes(brick: Any) -> dict[str, Any]:
-    """Bytes of each fact's own, and of the maps that facts share where they do."""
+    """Bytes of each fact's own, of its prompts in the gate, and of the maps that facts share."""
     own = shared = 0
     for name, value in brick.tensors().items():
         size = value.numel() * value.element_size()
         own, shared = (own + size, shared) if name in brick.stacked() else (own, shared + size)
     count = len(brick)
     found = {"bytes_per_fact": single(own / count, count)}
+    if brick.gate is not None:
+        held = brick.gate.tensors()
+        size = sum(held[name].nbytes for name in ("vectors", "owner"))
+        found["gate_bytes_per_fact"] = single(size / count, count)
     return found | ({"shared_bytes": single(shared, 1)} if brick.shared else {})
 
 
@@ -122,10 +141,11 @@ def new_brick(
 
 
 def given(facts: Sequence[Fact]) -> Tensor | None:
-    """The vectors that come with facts, ``[facts, width]`` float32; None where none do."""
+    """The vectors that come with facts, ``[facts, width]`` float64; None where none do."""
     import torch
 
-    return torch.tensor([fact.vector for fact in facts]) if facts[0].vector else None
+    rows = [fact.vector for fact in facts]
+    return torch.tensor(rows, dtype=torch.float64) if facts[0].vector else None
 
 
 def in_groups(

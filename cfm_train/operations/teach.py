@@ -76,6 +76,11 @@ def check(config: dict[str, Any]) -> Inputs:
     encodes = config["brick"]["kind"] in kinds("bricks", "ByVector") and not reads
     if encodes or config["gate"]["kind"] == "encoder":
         encoder = resolve(config["sentence_encoder"], "sentence_encoder")
+    if config["gate"]["kind"] == "none" and config["gate"]["threshold"] is not None:
+        raise UserError(
+            f"gate.threshold={config['gate']['threshold']} is that of a gate, and gate.kind=none "
+            "has none: leave one of them out."
+        )
     unrelated = read_text(config["data"]["unrelated"])
     library = Library(config["library"])
     library.check_writable()

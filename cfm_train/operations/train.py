@@ -51,6 +51,7 @@ def check(config: dict[str, Any]) -> Inputs:
     """
     check_name(config["name"])
     resolve_mode(config["tracking"]["mode"])
+    trained.check_kind(config["brick"]["kind"])
     backbone = resolve(config["backbone"])
     tasks = {task.spec.name: task for task in check_all(config["data"])}
     library = Library(config["library"])

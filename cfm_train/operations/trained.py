@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cfm_train.config.signature import kinds
+from cfm_train.errors import UserError
+
 if TYPE_CHECKING:
     from cfm_train.backbone.load import Backbone
     from cfm_train.bricks.brick import Brick
@@ -16,6 +19,15 @@ if TYPE_CHECKING:
     from cfm_train.library.store import Library
     from cfm_train.training.fit import Fitted
     from cfm_train.training.module import Diverged
+
+
+def check_kind(kind: str) -> None:
+    """Refuses a brick kind that is computed from facts, where a run has none."""
+    if kind in kinds("bricks", "ByVector"):
+        raise UserError(
+            f"brick={kind} is computed from facts, and there are none: use recipe=knowledge/facts "
+            f"brick={kind} data.facts=FILE.jsonl."
+        )
 
 
 def record_of(

@@ -16,9 +16,10 @@ from cfm_train.bricks.encoded_rows import EncodedRows
 from cfm_train.bricks.fact_gate import Encoder
 from cfm_train.bricks.map import Map
 from cfm_train.bricks.mention import mentioned
+from cfm_train.data.facts import Fact
 from cfm_train.errors import UserError
 from cfm_train.knowledge.calibrating import calibrate
-from cfm_train.knowledge.fact_figures import generate
+from cfm_train.knowledge.fact_figures import generate, judge
 from cfm_train.knowledge.teach import prompt_ids
 from tests import brick_laws as laws
 from tests.backbones import answers, bare, batch, plain_model, randomise, section, tiny
@@ -274,6 +275,41 @@ def test_a_map_of_vectors_that_are_given() -> None:
     more = again.with_more([NEW], None, backbone, torch.tensor([[0.0, 5, 0]]))
     assert torch.equal(more.vectors[:3], brick.vectors)
     assert more.vectors[3, 0].tolist() == [0, 1, 0]
+
+
+def test_given_vectors_may_be_of_any_size() -> None:
+    given = torch.tensor([[3e300, 4e300], [3e-300, 4e-300], [3, 4]], dtype=torch.float64)
+    brick: Any = Map(tokens=1, told="vector").for_facts(FACTS).read(None, given)
+    assert brick.vectors.isfinite().all()
+    assert torch.equal(brick.vectors, brick.vectors[2:].expand(3, 1, 2))
+
+
+def test_new_facts_are_judged_beside_those_that_are_there() -> None:
+    """A fact that is nearer to a prompt takes it, whichever of them is new."""
+    backbone, brick = tiny("llama"), acting("map", tiny("llama"))
+    brick.gate = calibrate(TOLD, encoder(), false_fires=0.0, threshold=-1.0).gate
+    own, taken = "w3 w30 w31", TOLD[0].prompt
+    new = Fact("w3", own, "w26", held_out=(taken,))
+    more = brick.with_more([new.taught()], encoder(), backbone).eval().requires_grad_(False)
+    figures, samples = judge(
+        backbone, more, [*TOLD, new], unrelated=None, bootstrap=5, seed=0, first=len(TOLD)
+    )
+    assert figures["prompt/gate finds the fact"]["value"] == 1
+    assert figures["prompt/gate finds the fact"]["n"] == 1
+    assert figures["held_out/gate finds the fact"]["value"] == 0
+    assert [one["input"] for one in samples] == [own, taken]
+
+
+def test_a_stored_gate_opens_its_encoder_wherever_it_is_asked() -> None:
+    backbone, brick = tiny("llama"), acting("map", tiny("llama"))
+    brick.gate = calibrate(TOLD, encoder(), false_fires=0.0, threshold=-1.0).gate
+    inputs = named(backbone)
+    expected = laws.plugged(backbone, [brick], inputs)
+    again = Map.restore(json.loads(json.dumps(brick.interface())), brick.files(), backbone)
+    again.eval().requires_grad_(False)
+    with torch.inference_mode():
+        assert torch.equal(laws.plugged(backbone, [again], inputs), expected)
+    assert not next(again.gate.encoder.model.parameters()).is_inference()
 
 
 def test_maps_start_as_they_should() -> None:

@@ -141,7 +141,10 @@ def test_a_choice_for_a_section_of_another_name_can_be_made() -> None:
     assert chosen["sentence_encoder"]["package"] is None and chosen["backbone"]["path"] == "lm"
     swept = map(compose_prepared, expand([*base, "backbone@sentence_encoder=minilm,hf"]))
     assert [bool(one["sentence_encoder"]["package"]) for one in swept] == [True, False]
-    with pytest.raises(UserError, match=r"no backbone 'minlm'\. Did you mean 'minilm'"):
+    with pytest.raises(
+        UserError,
+        match=r"^backbone@sentence_encoder=minlm: .* no backbone 'minlm'\. Did you mean 'minilm'",
+    ):
         compose([*base, "backbone@sentence_encoder=minlm"])
     with pytest.raises(UserError, match="backbone@encoder is a choice that this recipe does not"):
         compose([*base, "backbone@encoder=minilm"])

@@ -52,6 +52,10 @@ def test_a_fact_is_read_whole(tmp_path: Path) -> None:
             [GOOD, {**GOOD, "answer": "Spain", "prompt": "LYON  lies in"}],
             r":2: .* stands twice; .*:1 teaches another answer to it, 'France'",
         ),
+        (
+            [{**GOOD, "held_out": ["LYON is  in"]}],
+            r":1: the prompt 'LYON is  in' is held out, and .*:1 teaches it",
+        ),
         ([], r"data\.facts: .* holds no facts"),
         ([{**GOOD, "vector": "1, 2"}], r":1: 'vector' must be a list of finite numbers"),
         ([{**GOOD, "vector": [0, 0.0]}], r":1: 'vector' must be a list of finite numbers"),

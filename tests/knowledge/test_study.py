@@ -144,6 +144,8 @@ def test_a_persons_questions_in_a_jsonl_of_documents(
         ("lora", ["objective.keep=0.1"], "needs text to be kept: give data.unrelated=FILE"),
         ("lora", ["objective.learn=[]"], "objective.learn is empty"),
         ("prefix", ["brick=lora"], "lora is trained: use recipe=knowledge/lora"),
+        ("prefix", ["trainer.epochs=9"], "trainer.epochs=9 is for training, and a brick of kind"),
+        ("lora", ["brick=map", "~brick.sites"], "brick=map is computed from facts"),
         ("lora", ["brick=document"], "is not trained, so it has no objective"),
         ("lora", ["data.context=1000"], "reads 128 at most: lower them"),
         ("cartridge", ["brick.tokens=100"], "brick's own 100 tokens make 148.*or set brick.tokens"),
