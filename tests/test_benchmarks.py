@@ -198,6 +198,8 @@ def test_facts_with_patterns_held_out(shared: Path) -> None:
     told = counterfact(shared / "data" / "facts" / "counterfact.jsonl", 5)
     assert [fact["answer"] for fact in told][:2] == ["English", "Islam"]
     assert not any(fact["paraphrases"] for fact in told)
+    own = counterfact(shared / "data" / "facts" / "counterfact.jsonl", 200)
+    assert [fact["subject"] for fact in own if not fact["held_out"]] == ["Haseeb Ahsan"]
     assert _ways(["[X] is in [Y] .", "[Y] has [X]", "[X] is in [Y]."]) == ["[X] is in"]
 
 
@@ -211,7 +213,7 @@ def test_a_paraphrase_that_is_taught_is_in_the_words_of_the_relation(shared: Pat
     for fact in told:
         for prompt in fact["paraphrases"]:
             assert fact["subject"] in prompt and prompt != fact["prompt"]
-            assert not fact["held_out"][0].endswith(prompt)
+            assert not any(text.endswith(prompt) for text in fact["held_out"])
 
 
 def test_kinds_that_are_not_there_are_left_out_with_a_line(
