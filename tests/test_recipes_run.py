@@ -29,7 +29,7 @@ ELSEWHERE = {
     "backbone/pretrain": "operations/test_pretrain.py",
     "generate": "operations/test_align.py",
     "merge/models": "merging/whole_models.py",
-    "modality/align": "operations/test_align.py",
+    "modality/align": "coloured_items.py",
     "modality/caption": "operations/test_caption.py",
     "modality/instruct": "operations/test_instruct.py",
     "modality/classify": "operations/test_align.py",
