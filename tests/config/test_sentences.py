@@ -66,8 +66,8 @@ WRONG = {
     (
         *EVALUATE,
         "trainer.epochs=1",
-    ): "trainer is a key of operation train, study, pretrain, align, instruct and stitch_bridge, not "
-    "of evaluate.",
+    ): "trainer is a key of operation train, study, pretrain, align, instruct and stitch_bridge, "
+    "not of evaluate.",
     (*TRAIN, "brick=lorra"): "brick=lorra: there is no brick 'lorra'. Did you mean 'lora'?",
     (
         *TRAIN,
