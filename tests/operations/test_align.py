@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import itertools
 import json
 import os
 import shutil
@@ -16,21 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from cfm_train.bricks.kinds import make_brick
 from cfm_train.errors import UserError
 from cfm_train.launch.cli import main
 from cfm_train.modality.cache import FeatureCache
 from cfm_train.modality.finding import find_encoder
-from cfm_train.modality.images import read_image
 from cfm_train.modality.items import Reader, check_items
 from cfm_train.modality.judging import by_items
-from cfm_train.modality.scoring import class_scores
 from cfm_train.modality.writing import generate
-from tests.backbones import folder, randomise, tiny
+from tests.backbones import folder, tiny
 from tests.coloured_items import ALIGN, run
-from tests.peft_tuners import section
 
 PATCHES = {"kind": "patches", "size": 16, "patch": 8}
 
@@ -194,12 +187,6 @@ def test_a_backbone_that_cannot_go_on_after_a_prompt_is_refused(family: str) -> 
         generate(tiny(family), [5, 6], {}, 2)
 
 
-def test_what_is_no_array_is_said_so() -> None:
-    encoder = find_encoder({"kind": "vectors", "numbers": 2}).open()
-    with pytest.raises(UserError, match=r"^here: is no \.npy file; write one"):
-        encoder.load(b"[[1,2]]", "here")
-
-
 def test_numbers_that_the_cache_cannot_hold_are_refused(items: Path) -> None:
     """float16 ends at 65504: an infinite feature would be standardised to NaN."""
     found = find_encoder({"kind": "vectors", "numbers": 2})
@@ -329,80 +316,3 @@ def test_items_from_folders_zips_typed_messages_and_llava(items: Path) -> None:
     (items / "rows.jsonl").write_text('{"image": "nowhere.png", "text": "a"}')
     with pytest.raises(UserError, match=r"rows\.jsonl:1: there is no item nowhere\.png"):
         check_items({**base, "items": "rows.jsonl"}, "image", "x")
-
-
-def test_classes_scored_with_a_shared_prefix_are_scored_as_whole_texts() -> None:
-    backbone = tiny("llama")
-    prompts, classes = [[5, 9, 7], [8, 6, 4]], [[10, 1], [11, 12, 1], [13, 14, 15, 1]]
-    found = class_scores(backbone, prompts, classes, {}, "sum")
-    for i, prompt in enumerate(prompts):
-        for j, name in enumerate(classes):
-            with torch.inference_mode():
-                logits = backbone.logits(input_ids=torch.tensor([prompt + name])).double()
-            told = logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
-            expected = sum(float(told[k, token]) for k, token in enumerate(name))
-            assert found[i, j] == pytest.approx(expected, abs=1e-4)
-    front = make_brick(section("soft_prompt")).build(backbone).eval()
-    randomise(front)
-    with backbone.slots.plugged([front]):
-        led = class_scores(backbone, prompts, classes, {}, "sum")
-        for i, j in itertools.product(range(2), range(3)):
-            with torch.inference_mode():
-                whole = torch.tensor([prompts[i] + classes[j]])
-                logits = backbone.logits(input_ids=whole).double()
-            told = logits[0].log_softmax(-1)[len(prompts[i]) - 1 : -1]
-            expected = sum(float(told[k, token]) for k, token in enumerate(classes[j]))
-            assert led[i, j] == pytest.approx(expected, abs=1e-4)
-    assert np.abs(led - found).max() > 1e-3
-    mean = class_scores(backbone, prompts, classes, {}, "mean")
-    np.testing.assert_allclose(mean, found / [2, 3, 4])
-
-
-def test_png_of_every_filter_is_read_to_the_bit() -> None:
-    """Written here by RFC 2083's five filters, one after the other."""
-    import struct
-    import zlib
-
-    pixels = np.random.default_rng(0).integers(0, 256, (10, 7, 3)).astype(np.uint8)
-    data, above = b"", np.zeros(21, int)
-    for y, line in enumerate(pixels.reshape(10, 21).astype(int)):
-        left = np.concatenate([[0, 0, 0], line[:-3]])
-        corner = np.concatenate([[0, 0, 0], above[:-3]])
-        guess = left + above - corner
-        far = np.abs(np.stack([left, above, corner]) - guess)
-        paeth = np.stack([left, above, corner])[far.argmin(axis=0), np.arange(21)]
-        what = (np.zeros(21, int), left, above, (left + above) // 2, paeth)[y % 5]
-        data += bytes([y % 5]) + ((line - what) % 256).astype(np.uint8).tobytes()
-        above = line
-    parts = [(b"IHDR", struct.pack(">IIBBBBB", 7, 10, 8, 2, 0, 0, 0)),
-             (b"IDAT", zlib.compress(data)), (b"IEND", b"")]  # fmt: skip
-    png = b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        for kind, body in parts
-    )
-    np.testing.assert_array_equal(read_image(png, "here"), pixels)
-    with pytest.raises(UserError, match=r"a\.jpg: is no image that can be read"):
-        read_image(b"\xff\xd8\xff\xe0 broken", "a.jpg")
-
-
-def test_images_are_read_as_pillow_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PNG in all its colour types by value, JPEG by way of Pillow; without it, what to install."""
-    pillow = pytest.importorskip("PIL.Image")
-    grey = np.random.default_rng(1).integers(0, 256, (9, 5)).astype(np.uint8)
-    colour = np.random.default_rng(2).integers(0, 256, (9, 5, 4)).astype(np.uint8)
-    for made in (
-        pillow.fromarray(grey), pillow.fromarray(colour[:, :, :3]), pillow.fromarray(colour),
-        pillow.fromarray(colour[:, :, :3]).convert("P"), pillow.fromarray(grey).convert("LA"),
-    ):  # fmt: skip
-        stream = io.BytesIO()
-        made.save(stream, "PNG")
-        np.testing.assert_array_equal(
-            read_image(stream.getvalue(), "here"), np.asarray(made.convert("RGB"))
-        )
-    stream = io.BytesIO()
-    pillow.fromarray(colour[:, :, :3]).save(stream, "JPEG")
-    expected = np.asarray(pillow.open(io.BytesIO(stream.getvalue())).convert("RGB"))
-    np.testing.assert_array_equal(read_image(stream.getvalue(), "here"), expected)
-    monkeypatch.setitem(sys.modules, "PIL.Image", None)
-    with pytest.raises(UserError, match=r"pip install 'cfm_train\[vision\]'"):
-        read_image(stream.getvalue(), "a.jpg")
