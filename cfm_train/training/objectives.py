@@ -140,7 +140,8 @@ def headed_result(head: Head, logits: Tensor, labels: Tensor) -> Result:
 
 def _tokens(logits: Tensor, labels: Tensor) -> Result:
     """Cross entropy of ``[batch, seq, classes]`` against ``[batch, seq]`` with -100 left out."""
-    # Row by row: across a stride, as ``[batch, classes, seq]``, a softmax takes several times as long.
+    # Row by row: across a stride, as ``[batch, classes, seq]``, a softmax takes several times as
+    # long.
     losses = F.cross_entropy(
         logits.float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED
     ).view_as(labels)
