@@ -41,15 +41,18 @@ class ByVector:
     """
 
     shared: ClassVar[bool] = True
+    #: What is encoded beside what is told.
+    asked: ClassVar[tuple[str, ...]] = ()
 
+    hyper: dict[str, Any]
     vectors: Tensor
     mean: Tensor
     spread: Tensor
     encoder: dict[str, Any] | None
 
     def parts(self) -> tuple[str, ...]:
-        """What of each fact is encoded, see `words`; ``("vector",)`` for what is given."""
-        raise NotImplementedError
+        """What of each fact is encoded, see `words`: what is asked, then what is told."""
+        return (*self.asked, self.hyper["told"])
 
     def read(self, encoder: Encoder | None, given: Tensor | None = None) -> Self:
         """Encodes the facts, after `for_facts` and before `build`.

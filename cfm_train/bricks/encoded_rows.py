@@ -45,6 +45,7 @@ class EncodedRows(ByVector, ByFact, Brick):
     """
 
     starts_as_identity: ClassVar[bool] = False
+    asked: ClassVar[tuple[str, ...]] = ("prompt",)
 
     def __init__(
         self,
@@ -58,10 +59,6 @@ class EncodedRows(ByVector, ByFact, Brick):
         self.values = nn.ModuleDict()
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.begin()
-
-    def parts(self) -> tuple[str, ...]:
-        """Keys are made of what is asked, values of what is told."""
-        return "prompt", self.hyper["told"]
 
     def build(self, backbone: Backbone) -> Self:
         """Makes a map to keys and one to values for every site, ``width`` to ``rows * size``."""
@@ -85,10 +82,11 @@ class EncodedRows(ByVector, ByFact, Brick):
     def plugs(self) -> Iterable[KV | Out]:
         """Keys and values for each site, and the plug that decides which fact acts."""
         yield self.watch()
+        members = functools.partial(self.members, self.hyper["rows"])
         for name in self.site_names:
             key = parameter_name(name)
             keys, values = (self._source(maps, key, at) for at, maps in enumerate(self._maps()))
-            yield KV(name, keys, values, shift=False, members=self._members)
+            yield KV(name, keys, values, shift=False, members=members)
 
     def _maps(self) -> tuple[nn.ModuleDict, nn.ModuleDict]:
         return self.keys, self.values
@@ -102,11 +100,3 @@ class EncodedRows(ByVector, ByFact, Brick):
     def _rows(self, affine: nn.Linear, part: int, shape: tuple[int, ...]) -> Tensor:
         """``[facts * rows, kv_heads, head_dim]`` float32."""
         return self.mapped(affine, part).reshape(-1, *shape)
-
-    def _members(self, batch: int) -> Tensor:
-        """Which rows of the stack each row of the batch has, ``[batch, facts * rows]`` bool."""
-        width = self.hyper["rows"]
-        if self.gate is None and self.chosen is None:  # all on every row
-            return torch.ones(batch, len(self) * width, dtype=torch.bool)
-        own = self.places(batch)[:, None] == torch.arange(len(self))
-        return own.repeat_interleave(width, dim=1)

@@ -77,6 +77,17 @@ class ByFact:
             return torch.zeros(batch, dtype=torch.int64)
         return spread(self.chosen, batch)
 
+    def members(self, width: int, batch: int) -> Tensor:
+        """Which of ``width`` rows for each fact act on each row of a batch.
+
+        Returns:
+            ``[batch, facts * width]`` bool, fact after fact.
+        """
+        if self.gate is None and self.chosen is None:  # all on every row
+            return torch.ones(batch, len(self) * width, dtype=torch.bool)
+        own = self.places(batch)[:, None] == torch.arange(len(self))
+        return own.repeat_interleave(width, dim=1)
+
     def room(self, backbone: Backbone) -> Self:
         """Makes the parameters for values that are set right afterwards, whatever they are now.
 

@@ -47,10 +47,6 @@ class Map(ByVector, ByFact, Brick):
         super().__init__(tokens=tokens, told=told)
         self.begin()
 
-    def parts(self) -> tuple[str, ...]:
-        """One vector for each fact."""
-        return (self.hyper["told"],)
-
     def build(self, backbone: Backbone) -> Self:
         """Makes the map, ``width`` to ``tokens * hidden``, of zeros."""
         self.know(backbone)

@@ -13,7 +13,6 @@ import functools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar, Self
 
-import torch
 from torch import Tensor, nn
 
 from cfm_train.backbone.plugs import KV, Out
@@ -78,16 +77,9 @@ class Rows(ByFact, Brick):
                 functools.partial(part, 0),
                 functools.partial(part, 1),
                 shift=False,
-                members=self._members if self.facts else None,
+                members=functools.partial(self.members, self.width) if self.facts else None,
             )
 
     def _flat(self, name: str, which: int) -> Tensor:
         """The keys (0) or values (1) of a site, fact after fact."""
         return self.stacks(name)[which].flatten(0, 1)
-
-    def _members(self, batch: int) -> Tensor:
-        """Which rows of the stack each row of the batch has, ``[batch, facts * width]`` bool."""
-        if self.gate is None and self.chosen is None:  # all on every row
-            return torch.ones(batch, len(self) * self.width, dtype=torch.bool)
-        own = self.places(batch)[:, None] == torch.arange(len(self))
-        return own.repeat_interleave(self.width, dim=1)

@@ -188,9 +188,9 @@ def test_without_a_gate_attention_chooses_among_all_rows() -> None:
     brick = acting("encoded_rows", backbone)
     inputs = batch(backbone)
     brick.fire(torch.tensor([0, 1, -1, 0]))
-    assert brick._members(4).sum(1).tolist() == [2, 2, 0, 2]
+    assert brick.members(brick.hyper["rows"], 4).sum(1).tolist() == [2, 2, 0, 2]
     brick.fire(None)
-    assert bool(brick._members(4).all())
+    assert bool(brick.members(brick.hyper["rows"], 4).all())
     assert (laws.plugged(backbone, [brick], inputs) - bare(backbone, inputs)).abs().max() > 1e-3
 
 
