@@ -1,9 +1,11 @@
-"""The language model that the package carries, which benchmarks run on by default, as a folder."""
+"""What benchmarks of knowledge and the senses share: the carried language model, and one run."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -14,3 +16,13 @@ def brick_lm() -> Path:
     from cfm_train.config.compose import option
 
     return resolve(option("backbone", "brick_lm")).folder
+
+
+def run(options: argparse.Namespace, *overrides: str) -> dict[str, Any]:
+    """One run of the project, in this process; its record."""
+    from cfm_train.launch.job import prepare
+
+    common = ["tracking.mode=disabled", f"outputs={options.work}", "backbone.dtype=float32"]
+    common += ["backbone=hf", f"backbone.path={options.backbone}", f"seed={options.seed}"]
+    common += [f"library={options.work}/library", "trainer.samples=0"]
+    return prepare([*overrides, *common]).start()

@@ -27,7 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.carried import brick_lm
+from benchmarks.carried import brick_lm, run
 
 #: The two documents that are judged, and the two whose cartridges are distractors.
 DOMAINS = ("law_dc_code", "medical_abstracts")
@@ -43,16 +43,6 @@ WAYS = {
     "cartridge, lm": ["recipe=knowledge/cartridge", "objective=lm"],
     "document": ["recipe=knowledge/prefix"],
 }
-
-
-def run(options: argparse.Namespace, *overrides: str) -> dict[str, Any]:
-    """One run of the project, in this process; its record."""
-    from cfm_train.launch.job import prepare
-
-    common = ["tracking.mode=disabled", f"outputs={options.work}", "backbone.dtype=float32"]
-    common += ["backbone=hf", f"backbone.path={options.backbone}", f"seed={options.seed}"]
-    common += [f"library={options.work}/library", "trainer.samples=0"]
-    return prepare([*overrides, *common]).start()
 
 
 def documents(options: argparse.Namespace) -> dict[str, Path]:

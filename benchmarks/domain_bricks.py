@@ -8,22 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.carried import run
+
 if TYPE_CHECKING:
     import numpy as np
 
     from cfm_train.knowledge.tokens import Reader
 
 SITES = "attn.q,attn.k,attn.v,attn.o,ffn.gate,ffn.up,ffn.down"
-
-
-def run(options: argparse.Namespace, *overrides: str) -> dict[str, Any]:
-    """One run of the project, in this process; its record."""
-    from cfm_train.launch.job import prepare
-
-    common = ["tracking.mode=disabled", f"outputs={options.work}", "backbone.dtype=float32"]
-    common += ["backbone=hf", f"backbone.path={options.backbone}", f"seed={options.seed}"]
-    common += [f"library={options.work}/library", "trainer.samples=0"]
-    return prepare([*overrides, *common]).start()
 
 
 def texts(options: argparse.Namespace, name: str) -> dict[str, Path]:
