@@ -79,18 +79,14 @@ def _numbers(wanted: str, facts: list[dict[str, Any]], ref: str) -> set[int]:
 
 def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     """Makes the smaller brick, tries that the rest is as it was, and stores it."""
-    import torch
-
-    from cfm_train.bricks.stored import open_brick, store
-    from cfm_train.knowledge.fact_figures import logits_of
-    from cfm_train.operations.setting import (
-        backbone_entries,
-        brick_entry,
-        open_backbone,
-        tracked,
-        unchanged,
+    from cfm_train.bricks.stored import open_brick
+    from cfm_train.operations.changed import (
+        changed_entries,
+        others_check,
+        same_answers,
+        store_changed,
     )
-    from cfm_train.operations.taught import others_check
+    from cfm_train.operations.setting import open_backbone, tracked, unchanged
 
     selection, old = inputs.selection, inputs.card
     section = {**selection.section, "dtype": "float32"}
@@ -100,10 +96,8 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     brick = whole.only(kept, backbone).eval().requires_grad_(False)
     facts = [from_taught(whole.facts[at]) for at in kept]
     with tracked(config, folder) as wandb:
-        now = logits_of(backbone, brick, facts, range(len(kept)))
-        then = logits_of(backbone, whole, facts, kept)
-        same_answers = all(torch.equal(a, b) for a, b in zip(now, then, strict=True))
-        checks = {others_check(brick): same_answers}
+        same_said = same_answers(backbone, brick, range(len(kept)), whole, kept, facts)
+        checks = {others_check(brick): same_said}
         if brick.gate is not None:
             forgotten = [from_taught(whole.facts[at]) for at in inputs.gone]
             found = brick.gate.find([text for fact in forgotten for text in fact.prompts])
@@ -113,29 +107,9 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
                 f < 0 or s in left for f, s in zip(found, asked, strict=True)
             )
         same = unchanged(backbone, before, selection.backbone)
-        card = store(
-            brick,
-            selection.library,
-            backbone,
-            name=config["name"],
-            tokenizer=old.tokenizer,
-            operation="forget",
-            parents=[{"name": old.name, "version": old.version}],
-            recipe={**config, "backbone": selection.section, "parents": {old.ref: old.recipe}},
-            data=old.data,
-            run=folder.name,
-        )
-        wandb.artifact(
-            card.name, "brick", selection.library.folder(card), {"version": card.version}
-        )
+        card = store_changed(config, selection, old, brick, backbone, folder, wandb, data=old.data)
     gone = ", ".join(sorted({whole.facts[at]["subject"] for at in inputs.gone})[:5])
     print(f"{card.ref} knows {len(kept)} of {len(whole)} facts; forgotten: {gone}")
-    entries = backbone_entries(backbone, same)
-    for name, passed in checks.items():
-        entries["checks"][name] = {"value": passed, "tolerance": None, "passed": passed}
-    return {
-        "brick": brick_entry(card, selection.library),
-        **entries,
-        "cost": {"trainable_parameters": sum(p.numel() for p in brick.parameters())},
-        "wandb": wandb.as_record(),
+    return changed_entries(card, selection, brick, backbone, same, checks) | {
+        "wandb": wandb.as_record()
     }

@@ -104,27 +104,19 @@ def check(config: dict[str, Any]) -> Inputs:
 
 def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     """Makes the larger brick, tries that the rest is as it was, judges what is new, and stores."""
-    import torch
     from tqdm import tqdm
 
     from cfm_train.bricks.fact_gate import Encoder
-    from cfm_train.bricks.stored import open_brick, store
-    from cfm_train.knowledge.fact_figures import judge, logits_of, passes
-    from cfm_train.operations.setting import (
-        backbone_entries,
-        brick_entry,
-        open_backbone,
-        tracked,
-        unchanged,
-    )
-    from cfm_train.operations.taught import (
-        given,
+    from cfm_train.bricks.stored import open_brick
+    from cfm_train.knowledge.fact_figures import judge, passes
+    from cfm_train.operations.changed import (
+        changed_entries,
         others_check,
-        prompts_found,
-        samples_of,
-        sizes,
-        windows,
+        same_answers,
+        store_changed,
     )
+    from cfm_train.operations.setting import open_backbone, tracked, unchanged
+    from cfm_train.operations.taught import given, prompts_found, samples_of, sizes, windows
 
     selection, old = inputs.selection, inputs.card
     section = {**selection.section, "dtype": "float32"}
@@ -138,10 +130,9 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
     more.eval().requires_grad_(False)
     known = [from_taught(fact) for fact in less.facts]
     with tracked(config, folder) as wandb:
-        now = logits_of(backbone, more, known, range(len(known)))
-        then = logits_of(backbone, less, known, range(len(known)))
-        same_answers = all(torch.equal(a, b) for a, b in zip(now, then, strict=True))
-        checks = {others_check(more): same_answers}
+        old_ones = range(len(known))
+        same_said = same_answers(backbone, more, old_ones, less, old_ones, known)
+        checks = {others_check(more): same_said}
         if more.gate is not None:
             alone = more.gate.only(range(len(known)))
             checks["the gate finds the others as it did"] = prompts_found(
@@ -163,32 +154,14 @@ def run(config: dict[str, Any], inputs: Inputs, folder: Path) -> dict[str, Any]:
         figures |= sizes(more)
         same = unchanged(backbone, before, selection.backbone)
         told = {"name": "facts", "fingerprint": inputs.fingerprints["data/facts"], "licence": None}
-        card = store(
-            more,
-            selection.library,
-            backbone,
-            name=config["name"],
-            tokenizer=old.tokenizer,
-            operation="remember",
-            parents=[{"name": old.name, "version": old.version}],
-            recipe={**config, "backbone": selection.section, "parents": {old.ref: old.recipe}},
-            data=[*old.data, told],
-            metrics=figures,
-            run=folder.name,
-        )
-        wandb.artifact(
-            card.name, "brick", selection.library.folder(card), {"version": card.version}
+        data = [*old.data, told]
+        card = store_changed(
+            config, selection, old, more, backbone, folder, wandb, data=data, metrics=figures
         )
         wandb.summary({name: figure["value"] for name, figure in figures.items()})
     print(f"{card.ref} knows {len(more)} facts, {len(inputs.facts)} of them new")
-    entries = backbone_entries(backbone, same)
-    for name, passed in checks.items():
-        entries["checks"][name] = {"value": passed, "tolerance": None, "passed": passed}
-    return {
-        "brick": brick_entry(card, selection.library),
-        **entries,
+    return changed_entries(card, selection, more, backbone, same, checks) | {
         "metrics": figures,
-        "cost": {"trainable_parameters": sum(p.numel() for p in more.parameters())},
         "samples": samples_of(samples),
         "wandb": wandb.as_record(),
     }

@@ -86,15 +86,6 @@ def single(value: float, n: int) -> dict[str, Any]:
     return {"value": value, "low": value, "high": value, "n": n}
 
 
-def others_check(brick: Any) -> str:
-    """What is tried where a brick has more or fewer facts: each other one by itself.
-
-    Without a gate all facts act at once, so what is said changes with them: it is not claimed.
-    """
-    others = "the others' answers are as they were"
-    return others if brick.gate is not None else f"{others}, each fact by itself"
-
-
 def prompts_found(gate: Any, facts: Sequence[Fact]) -> list[int]:
     """What a gate makes of all prompts that facts were taught with."""
     found: list[int] = gate.find([text for fact in facts for text in fact.prompts])
