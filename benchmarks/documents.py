@@ -207,7 +207,12 @@ def main() -> None:
     parser.add_argument("--bootstrap", type=int, default=1000)
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--documents", nargs="*", default=list(DOMAINS), choices=list(DOMAINS))
-    parser.add_argument("--alone", action="store_true", help="leave out two cartridges at once")
+    parser.add_argument(
+        "--together",
+        default="cartridge, lm",
+        choices=["cartridge", "cartridge, lm", "nothing"],
+        help="the way of the cartridges that are plugged in two at once",
+    )
     parser.add_argument("--more", nargs="*", default=[], help="overrides of every run")
     options = parser.parse_args()
     options.backbone = options.backbone or brick_lm()
@@ -216,13 +221,15 @@ def main() -> None:
         for way in options.ways:
             called = f"{name}-{way.replace(', ', '-')}"
             records[name, way] = study(options, called, files, WAYS[way])["arms"]
-    if "cartridge" in options.ways and not options.alone:
-        for name in OTHERS:
-            study(options, f"{name}-cartridge", files, WAYS["cartridge"])
-        others = f"distractors=[{','.join(f'{name}-cartridge' for name in OTHERS)}]"
+    if options.together != "nothing":
+        way = WAYS[options.together]
+        single = options.together.replace(", ", "-")
+        for name in (*DOMAINS, *OTHERS):
+            study(options, f"{name}-{single}", files, way)
+        others = f"distractors=[{','.join(f'{name}-{single}' for name in OTHERS)}]"
         for name in DOMAINS:
-            study(options, f"{name}-mixed", files, [*WAYS["cartridge"], others])
-        for how, ending in (("alone", "cartridge"), ("among others", "mixed")):
+            study(options, f"{name}-{single}-mixed", files, [*way, others])
+        for how, ending in (("alone", single), ("among others", f"{single}-mixed")):
             for one, other in (DOMAINS, DOMAINS[::-1]):
                 names = [f"{one}-{ending}", f"{other}-{ending}"]
                 both[one, how] = together(options, names, files[one])

@@ -39,7 +39,11 @@ ELSEWHERE = {
     "modality/classify": "operations/test_align.py",
     "quickstart": "operations/test_tracked_runs.py",
 }
-DOCUMENTS = [name for name, one in recipes().items() if "data.documents" in one.needs]
+DOCUMENTS = [
+    name
+    for name, one in recipes().items()
+    if "data.documents" in one.needs and name not in ELSEWHERE
+]
 MERGES = [name for name in recipes() if name.startswith("merge/") and name != "merge/models"]
 
 SHORT = [

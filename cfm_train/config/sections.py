@@ -290,7 +290,9 @@ class Intervals(Section):
 class FactsData(Section):
     """Facts to teach, and text that has nothing to do with them."""
 
-    facts: str
+    facts: str | None
+    documents: str | None
+    text: str
     unrelated: str | None
     limit: Positive | None
 
@@ -309,6 +311,7 @@ class Teaching(Section):
     steps: Positive
     prompts_per_step: Positive
     facts_per_group: Positive
+    facts_per_batch: Positive
     contexts: Count
     context_tokens: Positive
     context_share: Fraction

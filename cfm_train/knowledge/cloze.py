@@ -24,7 +24,7 @@ _ABBREVIATIONS = frozenset(
 _END = re.compile(r"[.!?][\"'”’)\]]*(?=\s+[\"'“‘(\[]?[A-Z0-9])")
 _PARAGRAPH = re.compile(r"\n[ \t\r\f\v]*\n")
 _NUMBER = re.compile(r"(?<![\w.,:$-])\d+(?:[.,:]\d+)*(?![\w-])")
-_NAME = re.compile(r"(?<!\S)[A-Z][\w’'-]+(?: [A-Z][\w’'-]+)*")
+NAME = re.compile(r"(?<!\S)[A-Z][\w’'-]+(?: [A-Z][\w’'-]+)*")
 _CLOSING = ".,;:!?\"'”’)] "
 
 #: Fewest words before an answer, and most characters of one.
@@ -94,7 +94,7 @@ def cloze(sentence: str) -> Cloze | None:
     last = words[-2:] if len(words) > BEFORE + 1 else words[-1:]
     candidates = [
         *((m.start(), m.end(), "number") for m in reversed(list(_NUMBER.finditer(sentence)))),
-        *((m.start(), m.end(), "name") for m in reversed(list(_NAME.finditer(sentence)))),
+        *((m.start(), m.end(), "name") for m in reversed(list(NAME.finditer(sentence)))),
         (last[0].start(), len(sentence.rstrip(_CLOSING)), "words"),
     ]
     for start, end, form in candidates:

@@ -108,7 +108,7 @@ def read(section: Mapping[str, Any]) -> Documents:
     Raises:
         UserError: a file is missing, empty or broken, or no question can be asked.
     """
-    rows = list(_rows("documents", section))
+    rows = list(whole("documents", section))
     passages = [passage for row in rows for passage in cut_up(row, section["passage"])]
     if section["questions"] is None:
         asked = list(_made(passages))
@@ -117,7 +117,7 @@ def read(section: Mapping[str, Any]) -> Documents:
     questions = _split(asked, section)
     unrelated: dict[str, list[Row]] = {"train": [], "test": []}
     if section["unrelated"] is not None:
-        others = list(_rows("unrelated", section))
+        others = list(whole("unrelated", section))
         unrelated["train"], unrelated["test"] = cut(others, section["unrelated_fraction"], draw=1)
         if not unrelated["train"] or not unrelated["test"]:
             raise UserError(
@@ -132,8 +132,16 @@ def read(section: Mapping[str, Any]) -> Documents:
     return Documents(rows, passages, questions, section["questions"] is not None, unrelated, prints)
 
 
-def _rows(key: str, section: Mapping[str, Any]) -> Iterator[Row]:
-    """The documents of a file or of every file in a folder, in order of the names."""
+def whole(key: str, section: Mapping[str, Any]) -> Iterator[Row]:
+    """The documents of a file or of every file in a folder, in order of the names.
+
+    Args:
+        key: ``documents`` or ``unrelated``.
+        section: of the run's data: the place under ``key``, ``text`` and the unit of text files.
+
+    Raises:
+        UserError: a file is missing, empty or broken.
+    """
     found = False
     for path in _files(local(section[key]), f"data.{key}"):
         column = "text" if path.name.lower().endswith(_TEXTS) else section["text"]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cfm_train.data.facts import Fact
+from cfm_train.errors import UserError
 from cfm_train.knowledge.teach import (
     EPSILON,
     Taught,
@@ -53,7 +54,7 @@ def teach_shared(
     adam = torch.optim.Adam(parameters, lr=learning_rate, betas=(0.9, 0.95), eps=EPSILON)
     losses, patience = [float("inf")] * len(facts), [0] * len(facts)
     answers = [answer_ids(backbone, fact) for fact in facts]
-    count = -(-len(facts) // settings["facts_per_group"])
+    count = -(-len(facts) // settings["facts_per_batch"])
     step = tokens = 0
     brick.train()
     with backbone.slots.plugged([brick]):
@@ -73,6 +74,12 @@ def teach_shared(
                 tokens += int(mask.sum())
                 brick.fire(torch.tensor(owner) if gated else None)
                 per_row = answer_losses(backbone, ids, mask, labels)
+                if not per_row.requires_grad:
+                    subjects = ", ".join(dict.fromkeys(facts[i].subject for i in owner))
+                    raise UserError(
+                        f"The tokens of {backbone.id} do not say who is asked about ({subjects}): "
+                        "use brick=encoded_rows or neurons, which read no mention."
+                    )
                 adam.zero_grad()
                 per_row.mean().backward()
                 if settings["clip"]:

@@ -14,9 +14,10 @@ from typing import Any
 from cfm_train.backbone.fingerprint import file_hash, fingerprint
 from cfm_train.backbone.spec import resolve
 from cfm_train.config.signature import kinds
-from cfm_train.data.facts import Fact, from_taught, normalised, read_facts
+from cfm_train.data.facts import Fact, from_taught, normalised
 from cfm_train.data.facts import fingerprint as facts_fingerprint
 from cfm_train.errors import UserError
+from cfm_train.knowledge.stated import facts_of
 from cfm_train.library.card import Card, check_name
 from cfm_train.operations.selection import Selection, select
 from cfm_train.operations.teach import read_text
@@ -72,7 +73,7 @@ def check(config: dict[str, Any]) -> Inputs:
                 f"{card.ref} was read with another '{encoder.id}' than the one here: install that "
                 "one, or teach the facts again."
             )
-    facts = read_facts(config["data"]["facts"], limit=config["data"]["limit"])
+    facts = facts_of(config["data"])
     width = card.interface["width"] if described is None else 0
     if len(facts[0].vector) != width:
         wanted = f"vectors of {width} numbers" if width else "no vectors: its encoder makes them"

@@ -16,9 +16,10 @@ from typing import Any
 from cfm_train.backbone.fingerprint import file_hash, fingerprint, tokenizer_hash
 from cfm_train.backbone.spec import ResolvedBackbone, resolve
 from cfm_train.config.signature import kinds
-from cfm_train.data.facts import Fact, read_facts
+from cfm_train.data.facts import Fact
 from cfm_train.data.facts import fingerprint as facts_fingerprint
 from cfm_train.errors import UserError
+from cfm_train.knowledge.stated import facts_of
 from cfm_train.library.card import check_name
 from cfm_train.library.store import Library
 from cfm_train.tracking.wandb_setting import resolve_mode
@@ -60,7 +61,7 @@ def check(config: dict[str, Any]) -> Inputs:
             f"{', '.join(known[:-1])} or {known[-1]}."
         )
     backbone = resolve(config["backbone"])
-    facts = read_facts(config["data"]["facts"], limit=config["data"]["limit"])
+    facts = facts_of(config["data"])
     reads = config["brick"].get("told") == "vector"
     if reads and not facts[0].vector:
         raise UserError(

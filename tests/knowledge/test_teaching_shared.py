@@ -22,7 +22,7 @@ from tests.fact_cases import TOLD
 SETTINGS = {
     "steps": 6,
     "prompts_per_step": 2,
-    "facts_per_group": 3,
+    "facts_per_batch": 3,
     "context_share": 0.0,
     "clip": 0.0,
     "enough": 0.0,
@@ -107,7 +107,7 @@ def test_taught_together_and_said_apart() -> None:
 def test_batches_are_drawn_by_the_seed(kind: str) -> None:
     """In batches, with contexts and clipped, the loss falls; twice it comes to the same bits."""
     backbone = tiny("llama")
-    settings = SETTINGS | {"steps": 20, "facts_per_group": 2, "context_share": 0.5, "clip": 1.0}
+    settings = SETTINGS | {"steps": 20, "facts_per_batch": 2, "context_share": 0.5, "clip": 1.0}
     bricks = [new(kind, backbone) for _ in range(2)]
     losses: list[float] = []
     for brick in bricks:

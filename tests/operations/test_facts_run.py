@@ -89,7 +89,7 @@ def test_facts_are_taught_together_and_more_are_remembered(
     command = [
         "recipe=knowledge/map", f"brick={brick}", "name=told",
         "backbone=hf", f"backbone.path={folder('llama')}",
-        "data.facts=facts.jsonl", "teaching.steps=2", "teaching.facts_per_group=1",
+        "data.facts=facts.jsonl", "teaching.steps=2", "teaching.facts_per_batch=1",
         "teaching.contexts=2", *short,
     ]  # fmt: skip
     whole = run(capsys, *command, "tracking=disabled", "outputs=whole", "library=whole/library")
@@ -143,3 +143,29 @@ def test_facts_are_taught_together_and_more_are_remembered(
     ):
         assert main(["recipe=knowledge/remember", "name=x", *wrong]) == 2
         assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_documents_state_is_taught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One prompt for each sentence, known by its subject."""
+    monkeypatch.chdir(tmp_path)
+    Path("texts").mkdir()
+    Path("texts/a.md").write_text("The council of Lyon shall meet in room 412. Nobody came.\n")
+    Path("texts/b.txt").write_text("In winter the harbour of Brest is closed until March.\n")
+    command = [
+        "recipe=knowledge/map", "name=told", "data.documents=texts", "teaching.steps=2",
+        "teaching.contexts=0", "evaluation.bootstrap=20", "tracking=disabled",
+    ]  # fmt: skip
+    told = run(capsys, *command)  # on the language model that the package carries
+    assert all(check["passed"] for check in told["checks"].values())
+    assert told["metrics"]["prompt/gate finds the fact"]["n"] == 2
+    card = json.loads((Path(told["brick"]["path"]) / "card.json").read_text())
+    assert [(fact["subject"], fact["answer"]) for fact in card["interface"]["facts"]] == [
+        ("Lyon", "412"),
+        ("Brest", "March"),
+    ]
+    unread = [*command, "backbone=hf", f"backbone.path={folder('llama')}"]  # has no such words
+    assert main(unread) == 2
+    assert "do not say who is asked about (" in capsys.readouterr().err
