@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from cfm_train.launch.cli import main
+from cfm_train.library.store import Library
 from tests.backbones import folder
 from tests.test_recipes_run import run
 
@@ -161,8 +162,8 @@ def test_what_documents_state_is_taught(
     told = run(capsys, *command)  # on the language model that the package carries
     assert all(check["passed"] for check in told["checks"].values())
     assert told["metrics"]["prompt/gate finds the fact"]["n"] == 2
-    card = json.loads((Path(told["brick"]["path"]) / "card.json").read_text())
-    assert [(fact["subject"], fact["answer"]) for fact in card["interface"]["facts"]] == [
+    card = Library("outputs/library").find("told")
+    assert [(fact["subject"], fact["answer"]) for fact in card.interface["facts"]] == [
         ("Lyon", "412"),
         ("Brest", "March"),
     ]
