@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
     from cfm_train.knowledge.tokens import Reader
 
+#: What a brick is to leave as it is, and how many characters of each.
+GENERAL = ("classic_fiction", "math_word_problems", "news", "python_code", "wikipedia")
+PIECE = 40_000
 SITES = "attn.q,attn.k,attn.v,attn.o,ffn.gate,ffn.up,ffn.down"
 
 
@@ -37,6 +40,17 @@ def texts(options: argparse.Namespace, name: str) -> dict[str, Path]:
     return found
 
 
+def general(options: argparse.Namespace) -> Path:
+    """Text that has nothing to do with the domains: the beginnings of some others' files."""
+    place = Path(options.work) / "general.txt"
+    parts = [
+        (Path(options.root) / f"{name}.train.txt").read_text(encoding="utf-8")[:PIECE]
+        for name in GENERAL
+    ]
+    place.write_text("\n\n".join(part.rpartition("\n")[0] for part in parts), encoding="utf-8")
+    return place
+
+
 def brick(
     options: argparse.Namespace,
     name: str,
@@ -45,9 +59,11 @@ def brick(
     *,
     steps: int,
     beside: str = "",
+    keep: float = 0.0,
 ) -> str:
     """A LoRA brick of a domain, trained alone or beside another; its name in the library."""
-    called = f"{name}-{rate:g}-{steps}{'-beside-' + beside[:3] if beside else ''}"
+    called = f"{name}-{rate:g}-{steps}{f'-keep-{keep:g}' if keep else ''}"
+    called += f"-beside-{beside[:3]}" if beside else ""
     run(
         options,
         "recipe=knowledge/lora",
@@ -65,6 +81,7 @@ def brick(
         f"brick.sites=[{SITES}]",
         f"brick.learning_rate={rate}",
         *([f"distractors=[{beside}]"] if beside else []),
+        *([f"objective.keep={keep}", f"data.unrelated={general(options)}"] if keep else []),
     )
     return called
 

@@ -220,6 +220,23 @@ def test_drift_is_zero_for_a_brick_that_does_nothing(tmp_path: Path) -> None:
         assert found.loss.requires_grad
 
 
+def test_a_brick_does_not_answer_for_what_stands_beside_it(tmp_path: Path) -> None:
+    """One that does nothing drifts by nothing, whatever its distractors do to the text."""
+    backbone = tiny("llama")
+    reader = reader_on(backbone, tmp_path)
+    beside = reader.blocks(documents(tmp_path, seed=3).rows, [])
+    batch = batch_of(beside, range(len(beside)), BESIDE)
+    nothing, other = lora(backbone), lora(backbone, noise=0.3)
+    learning = Learning(objective("lm", reader, keep=1.0), beside, Distractors([other]))
+    with backbone.slots.plugged([nothing]):
+        for seed in range(8):  # alone, and before or after the other
+            torch.manual_seed(seed)
+            moved = learning.loss(backbone, nothing, batch, training=True).loss
+            assert abs(moved.item()) < 1e-4
+    with backbone.slots.plugged([other, nothing]):
+        assert drift(backbone, batch).loss.item() > 0.1
+
+
 def test_no_run_can_be_called_as_other_text_is() -> None:
     """Else its own rows would be held to the bare backbone in place of being learnt."""
     with pytest.raises(UserError, match="cannot name an artifact"):

@@ -1,17 +1,18 @@
 """What a brick learns of documents: one file for each objective, found by its name.
 
 An objective says which rows there are and what is minimised on them, always as a sum over tokens
-and their number. Beside it every step may hold the brick to the bare backbone on unrelated text:
+and their number. Beside it every step may have the brick leave unrelated text as it is:
 
-    loss = Σ_t objective_t / T  +  keep · Σ_u KL(bare ‖ plugged)_u / U
+    loss = Σ_t objective_t / T  +  keep · Σ_u KL(without ‖ with)_u / U
 
-and other bricks may be plugged in beside the brick (`distractors`).
+and other bricks may be plugged in beside the brick (`distractors`): in both terms, and in
+``without`` too, so that the brick does not undo there what the others do.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
@@ -37,7 +38,7 @@ class Objective(ABC):
 
     Args:
         learn: what rows are made from.
-        keep: weight of the divergence from the bare backbone on unrelated text; 0 for none.
+        keep: weight of what the brick changes on unrelated text; 0 for none.
 
     Attributes:
         reads_context: whether a teacher reads the passage that a row is from.
@@ -98,7 +99,7 @@ class Learning:
 
     Attributes:
         objective: what is minimised.
-        beside: unrelated rows; None where the brick is not held to the bare backbone.
+        beside: unrelated rows; None where the brick may change them.
         distractors: bricks that are plugged in beside the brick in training.
     """
 
@@ -113,30 +114,33 @@ class Learning:
 
     def loss(self, backbone: Backbone, brick: Brick, batch: Batch, *, training: bool) -> Result:
         """The loss of one micro-batch; in training among distractors."""
+        plugged = [brick]
         if self.distractors.bricks:
-            backbone.slots.plug(self.distractors.around(brick) if training else [brick])
+            plugged = self.distractors.around(brick) if training else plugged
+            backbone.slots.plug(plugged)
         if batch["task"] == BESIDE:
-            return drift(backbone, batch)
+            return drift(backbone, batch, [one for one in plugged if one is not brick])
         return self.objective.loss(backbone, batch, training=training)
 
     def tokens_read(self, batch: Batch) -> int:
-        """What the bare backbone reads beside the plugged one."""
+        """What the backbone reads without the brick."""
         if batch["task"] == BESIDE:
             return int(batch["tokens"])
         return self.objective.tokens_read(batch)
 
 
-def drift(backbone: Backbone, batch: Batch) -> Result:
-    """KL(bare ‖ plugged), token by token: how far what is plugged in moves the backbone's answers.
+def drift(backbone: Backbone, batch: Batch, without: Sequence[Brick] = ()) -> Result:
+    """KL(without ‖ plugged), token by token: how far a brick moves the backbone's answers.
 
     Args:
-        backbone: the backbone.
+        backbone: the backbone, with the brick plugged in.
         batch: unrelated text, see `next_token_logits`.
+        without: what is plugged in beside the brick.
     """
-    with backbone.slots.plugged([]), torch.no_grad():
-        bare, targets = next_token_logits(backbone, batch)
+    with backbone.slots.plugged(without), torch.no_grad():
+        before, targets = next_token_logits(backbone, batch)
     found, _ = next_token_logits(backbone, batch)
-    return divergence(bare, found, targets)
+    return divergence(before, found, targets)
 
 
 def divergence(teacher: Tensor, student: Tensor, targets: Tensor) -> Result:
