@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
     from cfm_train.knowledge.tokens import Reader
 
-#: What a brick is to leave as it is, and how many characters of each.
-GENERAL = ("classic_fiction", "math_word_problems", "news", "python_code", "wikipedia")
-PIECE = 40_000
+#: Most characters of a domain that the other's brick shall leave as they are.
+KEPT = 300_000
 SITES = "attn.q,attn.k,attn.v,attn.o,ffn.gate,ffn.up,ffn.down"
 
 
 def texts(options: argparse.Namespace, name: str) -> dict[str, Path]:
-    """What is learnt, what chooses, and what is judged: files of their own, cut at line ends."""
+    """What is learnt, what chooses, what is judged, and what another domain's brick shall leave as
+    it is: files of their own, cut at line ends."""
     root = Path(options.root)
     train = (root / f"{name}.train.txt").read_text(encoding="utf-8")
     valid = (root / f"{name}.valid.txt").read_text(encoding="utf-8")
@@ -30,6 +30,7 @@ def texts(options: argparse.Namespace, name: str) -> dict[str, Path]:
         "learnt": train[: options.characters].rpartition("\n")[0],
         "chosen": train[-options.held :].partition("\n")[2],
         "judged": valid[: options.judged or None],
+        "kept": train[: min(options.characters, KEPT)].rpartition("\n")[0],
     }
     assert options.characters + options.held <= len(train), "the two parts would overlap"
     found = {}
@@ -40,17 +41,6 @@ def texts(options: argparse.Namespace, name: str) -> dict[str, Path]:
     return found
 
 
-def general(options: argparse.Namespace) -> Path:
-    """Text that has nothing to do with the domains: the beginnings of some others' files."""
-    place = Path(options.work) / "general.txt"
-    parts = [
-        (Path(options.root) / f"{name}.train.txt").read_text(encoding="utf-8")[:PIECE]
-        for name in GENERAL
-    ]
-    place.write_text("\n\n".join(part.rpartition("\n")[0] for part in parts), encoding="utf-8")
-    return place
-
-
 def brick(
     options: argparse.Namespace,
     name: str,
@@ -59,11 +49,22 @@ def brick(
     *,
     steps: int,
     beside: str = "",
-    keep: float = 0.0,
+    kept: Path | None = None,
 ) -> str:
-    """A LoRA brick of a domain, trained alone or beside another; its name in the library."""
-    called = f"{name}-{rate:g}-{steps}{f'-keep-{keep:g}' if keep else ''}"
+    """A LoRA brick of a domain; its name in the library.
+
+    Args:
+        options: the benchmark's.
+        name: the domain.
+        document: its text.
+        rate: learning rate.
+        steps: of training.
+        beside: another brick, plugged in beside it half of the time.
+        kept: text that the brick shall leave as it is.
+    """
+    called = f"{name}-{rate:g}-{steps}"
     called += f"-beside-{beside[:3]}" if beside else ""
+    called += f"-keep-{options.keep:g}" if kept else ""
     run(
         options,
         "recipe=knowledge/lora",
@@ -81,7 +82,7 @@ def brick(
         f"brick.sites=[{SITES}]",
         f"brick.learning_rate={rate}",
         *([f"distractors=[{beside}]"] if beside else []),
-        *([f"objective.keep={keep}", f"data.unrelated={general(options)}"] if keep else []),
+        *([f"objective.keep={options.keep}", f"data.unrelated={kept}"] if kept else []),
     )
     return called
 

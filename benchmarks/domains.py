@@ -9,6 +9,7 @@ training file's end, which neither was trained on. Then the two domains' bricks 
     sum           both plugged in, their updates added up: plain concatenation, the control
     merges        one brick made of both; what a rule leaves open is chosen on the files' ends
     mixed         the first trained again beside the second, then the second beside the new first
+    mixed, keep   so, too, and each leaves what is said of the other's text as it is (KL)
 
 Figures are nats per token of the validation files, with intervals over their blocks:
 
@@ -130,9 +131,16 @@ def together(
         yield f"{called}{f' ({numbers})' if numbers else ''}", [judge.open(chosen)]
     files = judge.files
     steps = options.steps
-    new = brick(options, first, files[first]["learnt"], rate_a, steps=steps, beside=b)
-    last = brick(options, second, files[second]["learnt"], rate_b, steps=steps, beside=new)
-    yield "sum, each trained beside the other (mixed)", [judge.open(new), judge.open(last)]
+    for kept in (False, True):
+        own_text, other_text = (files[name]["kept"] if kept else None for name in (first, second))
+        new = brick(
+            options, first, files[first]["learnt"], rate_a, steps=steps, beside=b, kept=other_text
+        )
+        last = brick(
+            options, second, files[second]["learnt"], rate_b, steps=steps, beside=new, kept=own_text
+        )
+        called = f"sum, each trained beside the other (mixed{', keep' if kept else ''})"
+        yield called, [judge.open(new), judge.open(last)]
 
 
 def main() -> None:
@@ -153,6 +161,7 @@ def main() -> None:
     parser.add_argument("--held", type=int, default=40_000, help="characters that choose")
     parser.add_argument("--judged", type=int, default=0, help="characters; 0 for all")
     parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--keep", type=float, default=1.0, help="weight of the other's text")
     parser.add_argument("--bootstrap", type=int, default=1000)
     options = parser.parse_args()
     options.backbone = options.backbone or brick_lm()
