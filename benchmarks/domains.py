@@ -8,7 +8,7 @@ training file's end, which neither was trained on. Then the two domains' bricks 
 
     sum           both plugged in, their updates added up: plain concatenation, the control
     merges        one brick made of both; what a rule leaves open is chosen on the files' ends
-    mixed         the first trained again beside the second, then the second beside the new first
+    mixed         the first trained again beside the second; then the second beside the new first
     mixed, keep   so, too, and each leaves what is said of the other's text as it is (KL)
 
 Figures are nats per token of the validation files, with intervals over their blocks:
@@ -136,11 +136,12 @@ def together(
         new = brick(
             options, first, files[first]["learnt"], rate_a, steps=steps, beside=b, kept=other_text
         )
+        how = f"mixed{', keep' if kept else ''}"
+        yield f"sum, {first} trained beside the other ({how})", [judge.open(new), judge.open(b)]
         last = brick(
             options, second, files[second]["learnt"], rate_b, steps=steps, beside=new, kept=own_text
         )
-        called = f"sum, each trained beside the other (mixed{', keep' if kept else ''})"
-        yield called, [judge.open(new), judge.open(last)]
+        yield f"sum, then the other beside it ({how})", [judge.open(new), judge.open(last)]
 
 
 def main() -> None:
