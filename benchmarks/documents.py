@@ -5,9 +5,9 @@
 Six documents are cut from the validation text of six domains of ``--root``. Of the first two a
 LoRA brick (language modelling, and context distillation), a cartridge and an encoded document are
 made, and the same cloze questions are asked with the text in the prompt, with the brick, and with
-both. Then cartridges of both are plugged in together, once trained alone (the control) and once
-trained among cartridges of the other four documents (distractor mixing). What a brick costs is
-asked of text from five other domains, some of which bricks leave as it is (`keep`).
+both. Then cartridges of both are plugged in together: trained alone (the control), among cartridges
+of the other four documents, and one beside the other (see `pairs`). What a brick costs is asked of
+text from five other domains, some of which bricks leave as it is (`keep`).
 Two Markdown tables:
 
     arms       exact match of written answers and nats per answer token, with paired gains
@@ -123,6 +123,38 @@ def together(options: argparse.Namespace, names: Sequence[str], document: Path) 
     sets = {"bare": [], "alone": bricks[:1], "together": bricks, "turned": bricks[::-1]}
     asked = {name: ask(backbone, plain, plugged, generate=True) for name, plugged in sets.items()}
     return measured(asked, options.bootstrap)
+
+
+def pairs(options: argparse.Namespace, files: Mapping[str, Path]) -> dict[tuple[str, str], Any]:
+    """Two cartridges at once, trained in three ways: document and way -> see `measured`.
+
+    alone           the control
+    among others    each among cartridges of the other documents, and not beside the partner
+    beside          the first beside the second's, whose text it leaves as it is; then the second
+                    beside that one
+    """
+    way = WAYS[options.together]
+    single = options.together.replace(", ", "-")
+    for name in (*DOMAINS, *OTHERS):
+        study(options, f"{name}-{single}", files, way)
+    others = f"distractors=[{','.join(f'{name}-{single}' for name in OTHERS)}]"
+    for name in DOMAINS:
+        mixed = [*way, others]
+        study(options, f"{name}-{single}-mixed", files, mixed, options.mixed_steps)
+    partner = f"{DOMAINS[1]}-{single}"
+    for one, other in (DOMAINS, DOMAINS[::-1]):
+        theirs = Path(options.work) / f"{other}.kept.txt"
+        texts = (files[name].read_text(encoding="utf-8") for name in (other, "unrelated"))
+        theirs.write_text("\n\n".join(texts), encoding="utf-8")
+        beside = [*way, f"distractors=[{partner}]"]
+        partner = f"{one}-{single}-beside"
+        study(options, partner, {**files, "unrelated": theirs}, beside, options.mixed_steps)
+    found = {}
+    for how, ending in (("alone", ""), ("among others", "-mixed"), ("beside", "-beside")):
+        for one, other in (DOMAINS, DOMAINS[::-1]):
+            names = [f"{name}-{single}{ending}" for name in (one, other)]
+            found[one, how] = together(options, names, files[one])
+    return found
 
 
 def measured(asked: Mapping[str, Any], bootstrap: int) -> dict[str, Any]:
@@ -247,18 +279,7 @@ def main() -> None:
             called = f"{name}-{way.replace(', ', '-')}"
             records[name, way] = study(options, called, files, WAYS[way])["arms"]
     if options.together != "nothing":
-        way = WAYS[options.together]
-        single = options.together.replace(", ", "-")
-        for name in (*DOMAINS, *OTHERS):
-            study(options, f"{name}-{single}", files, way)
-        others = f"distractors=[{','.join(f'{name}-{single}' for name in OTHERS)}]"
-        for name in DOMAINS:
-            mixed = [*way, others]
-            study(options, f"{name}-{single}-mixed", files, mixed, options.mixed_steps)
-        for how, ending in (("alone", single), ("among others", f"{single}-mixed")):
-            for one, other in (DOMAINS, DOMAINS[::-1]):
-                names = [f"{one}-{ending}", f"{other}-{ending}"]
-                both[one, how] = together(options, names, files[one])
+        both = pairs(options, files)
     print(arms_table(records), "\n")
     if both:
         print(together_table(both))
