@@ -128,26 +128,29 @@ def test_rules_are_held_against_the_baseline_over_tasks() -> None:
 
 
 def test_what_is_kept_is_a_share_of_the_gain_in_the_mean_of_both_orders() -> None:
-    """Sums over questions first: (8 − 4.4) / (8 − 3.5) in nats, 1.5 of 2 right answers."""
+    """Sums over questions first: (8 − 4.4) / (8 − 3.5) in nats, 1.5 of 2 right answers, and of
+    four tokens (2.5 − 1) / (4 − 1)."""
     arms = {
-        "bare": ([6.0, 2.0], [0.0, 0.0]),
-        "alone": ([2.0, 1.5], [1.0, 1.0]),
-        "together": ([2.5, 1.7], [1.0, 0.0]),
-        "turned": ([3.0, 1.6], [1.0, 1.0]),
+        "bare": ([6.0, 2.0], [1, 0], [0.0, 0.0]),
+        "alone": ([2.0, 1.5], [3, 1], [1.0, 1.0]),
+        "together": ([2.5, 1.7], [2, 0], [1.0, 0.0]),
+        "turned": ([3.0, 1.6], [2, 1], [1.0, 1.0]),
     }
     asked = {
-        name: Answered(np.array(nats), np.array([3, 1]), np.zeros(2), np.array(exact), [])
-        for name, (nats, exact) in arms.items()
+        name: Answered(np.array(nats), np.array([3, 1]), np.array(right), np.array(exact), [])
+        for name, (nats, right, exact) in arms.items()
     }
     found = measured(asked, bootstrap=20)
     assert found["kept"]["value"] == pytest.approx((8 - 4.4) / (8 - 3.5))
     assert found["score kept"]["value"] == pytest.approx(1.5 / 2)
+    assert found["tokens kept"]["value"] == pytest.approx(1.5 / 3)
     assert found["together/loss"]["value"] == pytest.approx(4.4 / 4)
     found["kept"] |= {"low": 0.5, "high": 1.0}
     found["score kept"] |= {"low": 0.5, "high": 1.0}
+    found["tokens kept"] |= {"low": 0.4, "high": 0.6}
     assert together_table({("law", "alone"): found}).splitlines()[2] == (
-        "| law | alone | 0.0 (2.00) | 100.0 (0.88) | 75.0 (1.10) | 0.75 [0.50, 1.00] | "
-        "0.80 [0.50, 1.00] |"
+        "| law | alone | 0.0, 25.0 (2.00) | 100.0, 100.0 (0.88) | 75.0, 62.5 (1.10) | "
+        "0.75 [0.50, 1.00] | 0.50 [0.40, 0.60] | 0.80 [0.50, 1.00] |"
     )
 
 
