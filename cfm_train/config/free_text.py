@@ -23,7 +23,8 @@ def text_keys() -> dict[str, TextKind]:
     """
     found: dict[str, TextKind] = {}
     for model in OPERATIONS.values():
-        found |= text_fields(model)
+        for key, kind in text_fields(model).items():
+            found[key] = found[key].wider(kind) if key in found else kind
     del found["operation"], found["recipe"]
     return found
 

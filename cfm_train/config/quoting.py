@@ -38,6 +38,15 @@ class TextKind:
     nullable: bool = False
     prose: bool = False
 
+    def wider(self, other: TextKind) -> TextKind:
+        """What takes all that either takes: two operations may hold a key, and its schema judges."""
+        return TextKind(
+            self.many or other.many,
+            self.one or other.one,
+            self.nullable or other.nullable,
+            self.prose or other.prose,
+        )
+
 
 def encode(text: str) -> str:
     """One text as a token that Hydra's grammar takes for a plain word."""
