@@ -39,7 +39,7 @@ class TextKind:
     prose: bool = False
 
     def wider(self, other: TextKind) -> TextKind:
-        """What takes all that either takes; the schema of each operation that has the key judges."""
+        """What takes all that either takes; the schema of each operation judges."""
         return TextKind(
             self.many or other.many,
             self.one or other.one,
