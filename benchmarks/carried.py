@@ -18,11 +18,17 @@ def brick_lm() -> Path:
     return resolve(option("backbone", "brick_lm")).folder
 
 
-def run(options: argparse.Namespace, *overrides: str) -> dict[str, Any]:
-    """One run of the project, in this process; its record."""
+def run(options: argparse.Namespace, *overrides: str, trains: bool = True) -> dict[str, Any]:
+    """One run of the project, in this process; its record.
+
+    Args:
+        options: ``work``, ``backbone`` (a folder) and ``seed``.
+        overrides: of the command line.
+        trains: whether its recipe has a trainer.
+    """
     from cfm_train.launch.job import prepare
 
     common = ["tracking.mode=disabled", f"outputs={options.work}", "backbone.dtype=float32"]
     common += ["backbone=hf", f"backbone.path={options.backbone}", f"seed={options.seed}"]
-    common += [f"library={options.work}/library", "trainer.samples=0"]
+    common += [f"library={options.work}/library", *(["trainer.samples=0"] if trains else [])]
     return prepare([*overrides, *common]).start()

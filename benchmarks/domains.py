@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.carried import brick_lm
+from benchmarks.carried import brick_lm, run
 from benchmarks.domain_bricks import Judge, brick, fine_tuned, texts
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ MERGES = {
         f"merge(ties/mergekit, [{{a}}, {{b}}], density=0.9, scale={s})" for s in (1.0, 1.3)
     ],
     "TSV": [f"merge(tsv, [{{a}}, {{b}}], scale={s})" for s in (0.8, 1.0)],
+    "RegMean": ["merge(regmean, [{a}, {b}])"],
 }
 
 
@@ -118,6 +119,7 @@ def together(
     yield "sum of both (control)", [judge.open(a), judge.open(b)]
     bare = {name: judge.mean(name, "chosen", []) for name in own}
     single = {name: judge.mean(name, "chosen", [judge.open(own[name][0])]) for name in own}
+    run(options, "recipe=analyze/gram", f"bricks=[{a},{b}]", trains=False)
     for called, tried in MERGES.items():
         worst: dict[str, float] = {}
         for expression in (text.format(a=a, b=b) for text in tried):

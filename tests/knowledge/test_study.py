@@ -124,6 +124,34 @@ def test_a_lora_is_trained_beside_another_and_beside_a_cartridge(
 
 
 @pytest.mark.slow
+def test_regmean_of_two_documents_bricks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What their maps read is gathered on the documents' own tokens, each of them once."""
+    from safetensors.torch import load
+
+    from cfm_train.library.sidecar import find_sidecars
+    from cfm_train.library.store import Library
+
+    monkeypatch.chdir(tmp_path)
+    Path("two.txt").write_text(text(seed=5))
+    one = command(tmp_path, folder("llama"), "lora", "name=one", "evaluation.generate=false")
+    run(capsys, *one, "trainer.samples=0")
+    run(capsys, *one, "trainer.samples=0", "name=two", "data.documents=two.txt", "seed=1")
+    for statistic in ("gram", "fisher"):
+        record = run(capsys, f"recipe=analyze/{statistic}", "bricks=[one,two]", "rows=1000")
+        assert {key.split("/")[-1] for key in record["inputs"]} >= {"documents"}
+    library = Library("outputs/library")
+    grams = []
+    for name in ("one", "two"):
+        (sidecar,) = find_sidecars(library, library.find(name), "gram.safetensors")
+        grams.append(load(sidecar.read("gram.safetensors") or b""))
+    assert not all(bool((grams[0][site] == grams[1][site]).all()) for site in grams[0])
+    merged = run(capsys, "recipe=merge/regmean", "name=both", "bricks=[one,two]", "tracking=disabled")
+    assert [parent["name"] for parent in merged["brick"]["parents"]] == ["one", "two"]
+
+
+@pytest.mark.slow
 def test_a_persons_questions_in_a_jsonl_of_documents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

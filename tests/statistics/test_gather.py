@@ -45,7 +45,7 @@ def rows_seen(task: TaskData, backbone: Backbone) -> list[Any]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_gram_matrix_is_that_of_the_modules_inputs(family: str) -> None:
     backbone, brick, task = setting(family)
-    sites = observed_sites([brick])
+    sites = observed_sites([brick], backbone)
     seen: list[int] = []
     found = gram.gather(backbone, brick, task, sites, rows=ROWS, seed=0, progress=seen.append)
     assert sum(seen) == ROWS and set(found) == set(sites)
@@ -77,7 +77,7 @@ def test_the_gram_matrix_is_that_of_the_modules_inputs(family: str) -> None:
 def test_the_fisher_diagonal_is_the_squared_gradient_of_the_weight(family: str) -> None:
     """The oracle takes each row's gradient by the product of B A that stands for the weight."""
     backbone, brick, task = setting(family, "regression")
-    sites = [site for site in observed_sites([brick]) if "attn.q" in site]
+    sites = [site for site in observed_sites([brick], backbone) if "attn.q" in site]
     found = fisher.gather(
         backbone, brick, task, sites, rows=ROWS, seed=0, progress=lambda count: None
     )
@@ -119,6 +119,13 @@ def test_labels_of_classification_are_drawn_by_seed_and_nothing_stays_plugged() 
         assert not torch.equal(first[site], other[site])
         assert bool((first[site] >= 0).all())
     assert torch.equal(bare(backbone, inputs), before)
+
+
+def test_keys_and_values_have_no_statistics() -> None:
+    backbone = tiny("llama")
+    brick = new_brick(backbone, {}, "prefix", tokens=2)
+    with pytest.raises(UserError, match=r"adds keys and values.*leave it out"):
+        observed_sites([brick], backbone)
 
 
 def test_the_sidecars_name_what_is_missing(tmp_path: Path) -> None:
