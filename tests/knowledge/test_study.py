@@ -147,7 +147,8 @@ def test_regmean_of_two_documents_bricks(
         (sidecar,) = find_sidecars(library, library.find(name), "gram.safetensors")
         grams.append(load(sidecar.read("gram.safetensors") or b""))
     assert not all(bool((grams[0][site] == grams[1][site]).all()) for site in grams[0])
-    merged = run(capsys, "recipe=merge/regmean", "name=both", "bricks=[one,two]", "tracking=disabled")
+    quiet = ["name=both", "tracking=disabled"]
+    merged = run(capsys, "recipe=merge/regmean", "bricks=[one,two]", *quiet)
     assert [parent["name"] for parent in merged["brick"]["parents"]] == ["one", "two"]
 
 
