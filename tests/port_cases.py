@@ -47,7 +47,9 @@ def prompt_of(backbone: Backbone, text: Tensor) -> Plugs:
     return Plugs(Prompt(site, table(text[None])[0]))
 
 
-def random_prefix(backbone: Backbone, length: int, seed: int, sites: str = "attn") -> Plugs:
+def random_prefix(
+    backbone: Backbone, length: int, seed: int, sites: str = "attn", *, shared: bool = False
+) -> Plugs:
     generator = torch.Generator().manual_seed(seed)
     return Plugs(
         *(
@@ -55,6 +57,7 @@ def random_prefix(backbone: Backbone, length: int, seed: int, sites: str = "attn
                 site.name,
                 torch.randn(length, site.kv_heads, site.head_dim, generator=generator),
                 torch.randn(length, site.kv_heads, site.head_dim, generator=generator),
+                shared=shared,
             )
             for site in backbone.sites.select([sites])
             if isinstance(site, AttentionSite)

@@ -6,8 +6,9 @@ set in front of the layer's own, for the rows that carry the brick. The cache of
 holds them, so unplugging leaves nothing behind, and every architecture gets the port the same way.
 
 Where attention has a relative bias (T5), the extra keys get the bias of tokens that lie right
-before the sequence, as if they stood in the cache. Every token sees them, also past the edge of a
-sliding window. A weight w other than 0 and 1 adds log w to their scores.
+before the sequence, as if they stood in the cache; those at shared positions each by themselves.
+Every token sees them, also past the edge of a sliding window. A weight w other than 0 and 1 adds
+log w to their scores.
 """
 
 from __future__ import annotations
@@ -141,15 +142,32 @@ class KVSlot:
             table = self.stack.relative
         if self.cross or table is None or self.stack is None:
             return nn.functional.pad(own, (p, 0))
-        # The queries stand behind p virtual tokens and whatever the cache holds; the holes that a
-        # prompt of another row leaves in this one do not count.
+        # The queries stand behind virtual tokens and whatever the cache holds; the holes that a
+        # prompt of another row leaves in this one do not count. Keys at shared positions all lie
+        # right before them, the others behind each other.
+        shared = self.site.name in self.stack.shared
+        widths = [g.tokens for g in self.tokens.groups] if shared else [p]
         holes, inverse = self.stack.tokens.holes(batch).unique(return_inverse=True)
-        past = p + self.stack.past
+        past = self.stack.past
         kinds = [
-            table.compute_bias(queries, p, device=own.device, past_seen_tokens=past - hole)
-            for hole in holes.tolist()
+            torch.cat(
+                [
+                    table.compute_bias(queries, n, device=own.device, past_seen_tokens=n + past - h)
+                    for n in widths
+                ],
+                dim=-1,
+            )
+            for h in holes.tolist()
         ]
         front = kinds[0] if len(kinds) == 1 else torch.cat(kinds)[inverse.to(own.device)]
+        places = self.tokens.layout(batch)
+        if shared and places is not None:
+            index = (
+                places.clamp_min(0)
+                .to(own.device)[:, None, None]
+                .expand(-1, front.shape[1], queries, -1)
+            )
+            front = front.expand(batch, -1, -1, -1).gather(3, index)
         own = own.expand(front.shape[0], *own.shape[1:])
         return torch.cat([front.to(own.dtype), own], dim=-1)
 

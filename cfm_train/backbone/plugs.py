@@ -90,11 +90,15 @@ class KV:
     Tensors, or functions that compute them anew in each pass. ``shift`` tells whether real tokens
     move up by that many positions, as if the extra ones stood before them in the cache (what PEFT
     does; it matters for rotary and learned positions, and never for a ``cross`` site). A relative
-    position bias takes the extra ones for tokens right before the sequence. ``members`` says pass
-    by pass which rows of the batch have which of them; such keys have no positions.
+    position bias takes the extra ones for tokens right before the sequence. With ``shared`` the
+    keys of several bricks lie at the same positions, not behind each other: tokens move by the
+    longest, so that each is as far from them as if it were alone (parallel context windows, Ratner
+    et al. 2023, arXiv 2212.10947). A relative bias takes each of them for tokens right before the
+    sequence, and has no others beside them. ``members`` says pass by pass which rows of the batch
+    have which of them; such keys have no positions.
 
     Raises:
-        ValueError: ``members`` together with ``shift``.
+        ValueError: ``members`` together with ``shift``, or ``shared`` without it.
     """
 
     site: str
@@ -102,8 +106,11 @@ class KV:
     values: Source
     shift: bool = True
     members: Members | None = None
+    shared: bool = False
 
     def __post_init__(self) -> None:
+        if self.shared and not self.shift:
+            raise ValueError(f"'{self.site}': keys that move no token share no positions")
         if self.members is not None and self.shift:
             raise ValueError(f"'{self.site}': keys of some rows only move no token: shift=False")
 

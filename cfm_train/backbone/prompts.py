@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from cfm_train.backbone.plugs import Tokens
+from cfm_train.backbone.plugs import KV, Tokens
 from cfm_train.backbone.sites import Site, SiteMap
 from cfm_train.backbone.stacks import Stack
 from cfm_train.backbone.virtual import Source, Weight, group
@@ -85,31 +85,39 @@ class PromptSlot:
             )
         stack.items.add(plug, weight)
 
-    def move(self, site: Site, keys: Source, weight: Weight, *, shift: bool) -> None:
+    def move(self, site: Site, plug: KV, weight: Weight) -> None:
         """Moves a stack's tokens up, for keys plugged in at one of its attention sites.
 
         Sites of one stack hold the same prefix as a rule: the longest of them counts.
 
         Args:
             site: the attention site.
-            keys: ``[tokens, kv_heads, head_dim]``.
+            plug: the keys; without ``shift`` the stack only takes note that they are there.
             weight: the brick's weight.
-            shift: whether positions move; else the stack only takes note that keys are there.
 
         Raises:
-            UserError: the stack takes no positions.
+            UserError: the stack takes no positions; or keys at shared positions and others meet
+                where attention goes by distance.
         """
         stack = self.stacks.get(site.stack)
         if stack is None or not (stack.takes_positions or stack.relative is not None):
-            if shift:
+            if plug.shift:
                 raise UserError(
                     f"The layers around '{site.name}' number their tokens themselves, so keys and "
                     "values cannot be put before them: choose lora or soft_prompt instead."
                 )
             return
-        added = group((keys,), weight)
-        if added is not None:
-            stack.moved.setdefault(site.name, []).extend([added] if shift else [])
+        added = group((plug.keys,), weight)
+        if added is None:
+            return
+        moved = stack.shared if plug.shared else stack.moved
+        moved.setdefault(site.name, []).extend([added] if plug.shift else [])
+        if stack.relative is not None and site.name in stack.moved and site.name in stack.shared:
+            raise UserError(
+                f"Attention at '{site.name}' goes by how far apart tokens are, so keys at shared "
+                "positions and others cannot stand there together: give all bricks the same "
+                "brick.positions."
+            )
 
 
 def _stack_module(model: nn.Module, site: Site) -> nn.Module | None:

@@ -193,7 +193,7 @@ class Slots:
             kv = self._kv_slot(site)
             kv.add(plug.keys, plug.values, weight, plug.members)
             if not kv.cross:
-                self._prompt.move(site, plug.keys, weight, shift=plug.shift)
+                self._prompt.move(site, plug, weight)
         elif isinstance(plug, Prompt):
             self._prompt.add(site, plug.embeddings, weight)
         elif isinstance(plug, Tokens):

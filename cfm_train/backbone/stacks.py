@@ -62,6 +62,7 @@ class Stack:
         tokens: the plugged embeddings ``[tokens, hidden]``.
         items: what stands in place of placeholders among the token ids.
         moved: keys and values plugged in at the stack's attention sites, by site.
+        shared: those of them that lie at the same positions, see `plugs.KV`.
         relative: the module that computes a relative position bias, None where there is none.
         past: how many tokens the cache held when the stack last began to run.
         keeps: whether virtual positions stay on the hidden states, for a decoder to attend to.
@@ -72,6 +73,7 @@ class Stack:
         self.embed, self.site, self.causal = embed, site, causal
         self.tokens = VirtualTokens()
         self.moved: dict[str, list[Group]] = {}
+        self.shared: dict[str, list[Group]] = {}
         self.items = Placeholders()
         self.parameters = list(inspect.signature(module.forward).parameters)
         self.table = positions.position_table(module, embed)
@@ -95,6 +97,7 @@ class Stack:
         self.tokens.clear()
         self.items.clear()
         self.moved = {}
+        self.shared = {}
 
     def _before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -110,7 +113,7 @@ class Stack:
             self.items.watch(ids, 0 if cache is None else int(cache.get_seq_length()))
         if filled is not None:
             kwargs |= {"input_ids": None, "inputs_embeds": filled}
-        if not (self.tokens or self.moved or noted is not None or across):
+        if not (self.tokens or self.moved or self.shared or noted is not None or across):
             return None if filled is None else ((), kwargs)
         some: Tensor = kwargs["inputs_embeds"] if ids is None else ids
         batch, length = some.shape[:2]
@@ -199,12 +202,12 @@ class Stack:
 
     def _moves(self, batch: int) -> Tensor:
         """By how many places keys at attention sites move each row's tokens: ``[batch]`` int64."""
-        totals = [torch.zeros(batch, dtype=torch.int64)]
-        for groups in self.moved.values():
-            total = torch.zeros(batch, dtype=torch.int64)
-            for g in groups:
-                total = total + g.tokens * (1 if g.rows is None else spread(g.rows, batch).long())
-            totals.append(total)
+        none = torch.zeros(batch, dtype=torch.int64)
+        totals = [none]
+        for site in {**self.moved, **self.shared}:
+            behind = [_tokens_of(group, batch) for group in self.moved.get(site, ())]
+            beside = [_tokens_of(group, batch) for group in self.shared.get(site, ())]
+            totals.append(sum(behind, none) + torch.stack([none, *beside]).amax(dim=0))
         return torch.stack(totals).amax(dim=0)
 
     def _look_across(self, kwargs: dict[str, Any]) -> None:
@@ -234,6 +237,12 @@ class Stack:
         if output.get("hidden_states") is not None:
             output.hidden_states = tuple(h[:, p:] for h in output.hidden_states)
         return output
+
+
+def _tokens_of(group: Group, batch: int) -> Tensor:
+    """How many of a group's tokens each row has: ``[batch]`` int64."""
+    there = torch.ones(batch, dtype=torch.int64)
+    return group.tokens * (there if group.rows is None else spread(group.rows, batch).long())
 
 
 def _make_room(cache: Any, tokens: int) -> None:

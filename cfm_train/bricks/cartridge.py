@@ -45,6 +45,7 @@ class Cartridge(Prefix):
         frozen: how many tokens at the start are never trained; fewer than ``tokens``.
         sites: patterns of attention sites, see `Prefix`.
         layers: numbers of the layers to use, negative ones from the top; None for all.
+        positions: where it lies beside others, see `Prefix`.
     """
 
     def __init__(
@@ -55,8 +56,9 @@ class Cartridge(Prefix):
         frozen: Count,
         sites: list[str],
         layers: list[int] | None,
+        positions: Literal["behind", "shared"],
     ) -> None:
-        super().__init__(tokens, "text", text, sites, layers, None)
+        super().__init__(tokens, "text", text, sites, layers, None, positions)
         self.hyper = {
             "tokens": tokens,
             "init": init,
@@ -64,6 +66,7 @@ class Cartridge(Prefix):
             "frozen": frozen,
             "sites": sites,
             "layers": layers,
+            "positions": positions,
         }
         self.document: Tensor | None = None
         if frozen >= tokens:

@@ -10,13 +10,19 @@ without their mapping network. On disk it is a prefix, and runs in PEFT as one.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
 from cfm_train.bricks.brick import Derived
 from cfm_train.bricks.cartridge import first_tokens
-from cfm_train.bricks.prefix import Prefix, States, attention_sites, length, token_states
+from cfm_train.bricks.prefix import (
+    Prefix,
+    States,
+    attention_sites,
+    length,
+    token_states,
+)
 from cfm_train.config.types import Positive
 from cfm_train.errors import UserError
 
@@ -32,13 +38,20 @@ class Document(Prefix):
         tokens: how many tokens of the text, from its first; None for all.
         sites: patterns of attention sites, see `Prefix`.
         layers: numbers of the layers to use, negative ones from the top; None for all.
+        positions: where it lies beside others, see `Prefix`.
     """
 
     trains: ClassVar[bool] = False
 
-    def __init__(self, tokens: Positive | None, sites: list[str], layers: list[int] | None) -> None:
-        super().__init__(1, "text", None, sites, layers, None)
-        self.hyper = {"tokens": tokens, "sites": sites, "layers": layers}
+    def __init__(
+        self,
+        tokens: Positive | None,
+        sites: list[str],
+        layers: list[int] | None,
+        positions: Literal["behind", "shared"],
+    ) -> None:
+        super().__init__(1, "text", None, sites, layers, None, positions)
+        self.hyper = {"tokens": tokens, "sites": sites, "layers": layers, "positions": positions}
         self.document: Tensor | None = None
 
     def about(self, ids: Tensor) -> Self:

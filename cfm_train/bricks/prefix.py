@@ -51,6 +51,8 @@ class Prefix(Brick):
             decoder to its encoder.
         layers: numbers of the layers to use, negative ones from the top; None for all.
         projection: width of the network that computes the prefix while it trains; None for none.
+        positions: ``behind`` lies behind what other bricks put before an input, as in PEFT;
+            ``shared`` at the same positions, see `plugs.KV`. Alone both are the same.
     """
 
     starts_as_identity: ClassVar[bool] = False
@@ -63,6 +65,7 @@ class Prefix(Brick):
         sites: list[str],
         layers: list[int] | None,
         projection: Positive | None,
+        positions: Literal["behind", "shared"],
     ) -> None:
         super().__init__(
             tokens=tokens,
@@ -71,6 +74,7 @@ class Prefix(Brick):
             sites=sites,
             layers=layers,
             projection=projection,
+            positions=positions,
         )
         self.keys = nn.ParameterDict()
         self.values = nn.ParameterDict()
@@ -126,11 +130,14 @@ class Prefix(Brick):
     def plugs(self) -> Iterable[KV]:
         """Keys and values for each site."""
         for site in self.site_names:
+            # An encoder's states have no positions that a decoder's could share.
+            shared = self.hyper["positions"] == "shared" and not site.endswith(".cross")
             if not self.computed:
-                yield KV(site, *self.states(site))
+                yield KV(site, *self.states(site), shared=shared)
             else:
                 part = functools.partial(self._state, site)
-                yield KV(site, functools.partial(part, 0), functools.partial(part, 1))
+                both = functools.partial(part, 0), functools.partial(part, 1)
+                yield KV(site, *both, shared=shared)
 
     def _state(self, site: str, which: int) -> Tensor:
         return self.states(site)[which]
@@ -181,7 +188,9 @@ class Prefix(Brick):
             UserError: another kind of adapter, or one for a model of another shape.
         """
         states, config = read_states(interface, files, backbone)
-        return cls(**(interface.get("hyper") or cls.found(states, config))).hold(states, backbone)
+        hyper = interface.get("hyper") or cls.found(states, config)
+        # Bricks of before there was a choice lie behind each other.
+        return cls(**{"positions": "behind"} | hyper).hold(states, backbone)
 
     @classmethod
     def found(cls, states: Mapping[str, States], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -293,6 +302,17 @@ def read_states(
 def length(states: Mapping[str, States]) -> int:
     """How many virtual tokens keys and values are of."""
     return len(next(iter(states.values()))[0])
+
+
+def room(bricks: Iterable[Brick]) -> int:
+    """How many positions before an input several bricks take: those that share some, the most."""
+    behind, shared = 0, 0
+    for one in bricks:
+        if isinstance(one, Prefix) and one.hyper["positions"] == "shared":
+            shared = max(shared, one.length)
+        elif isinstance(one, Prefix):
+            behind += one.length
+    return behind + shared
 
 
 def _native(

@@ -166,7 +166,7 @@ def _begin(
     import torch
 
     from cfm_train.bricks.kinds import make_brick
-    from cfm_train.bricks.prefix import Prefix
+    from cfm_train.bricks.prefix import room
     from cfm_train.bricks.stored import open_brick
     from cfm_train.knowledge.tokens import Reader
     from cfm_train.training.seeding import reseed
@@ -183,8 +183,8 @@ def _begin(
     brick = make_brick(config["brick"]).about(text).build(backbone)
     others = [open_brick(card, inputs.library, backbone) for card in inputs.distractors]
     # How long a whole document is, only its tokens tell.
-    ahead = [one.length if isinstance(one, Prefix) else 0 for one in (brick, *others)]
-    lessons.check_lengths(config, inputs.backbone, ahead[0], sum(ahead[1:]))
+    alone = room([brick])
+    lessons.check_lengths(config, inputs.backbone, alone, room([brick, *others]) - alone)
     with backbone.slots.plugged([*others, brick]):  # what cannot stand together is refused here
         pass
     return reader, brick, others

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from cfm_train.backbone.masks import texts_apart, with_virtual
 from cfm_train.backbone.plugs import KV, Prompt
@@ -100,6 +101,92 @@ def test_rows_of_a_mixed_batch_equal_their_solo_runs(family: str, left: bool) ->
         alone = run(backbone, {k: v[row : row + 1] for k, v in inputs.items()}, *own)[0]
         real = slice(None) if family == "t5" else inputs["attention_mask"][row].bool()
         torch.testing.assert_close(mixed[row][real], alone[real], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_keys_at_shared_positions_leave_each_other_where_they_are(family: str) -> None:
+    """The text lies behind the longest of them, as a cache with those keys and positions has it."""
+    backbone = tiny(family)
+    inputs = batch(backbone)
+    short, long = (random_prefix(backbone, n, seed=n, shared=True) for n in (2, 5))
+    for one, seed in ((short, 2), (long, 5)):
+        behind = random_prefix(backbone, seed, seed=seed)
+        assert torch.equal(run(backbone, inputs, one), run(backbone, inputs, behind))
+    ids = inputs["input_ids"]
+    cache = DynamicCache(config=backbone.model.config)
+    for layer, (one, other) in enumerate(zip(short.plugs(), long.plugs(), strict=True)):
+        keys, values = (
+            torch.cat([getattr(one, what), getattr(other, what)])
+            .transpose(0, 1)
+            .expand(len(ids), -1, -1, -1)
+            for what in ("keys", "values")
+        )
+        cache.update(keys, values, layer)
+    ahead = torch.ones(len(ids), 7, dtype=torch.int64)
+    typed = {
+        "input_ids": ids,
+        "attention_mask": torch.cat([ahead, inputs["attention_mask"]], dim=1),
+        "position_ids": (torch.arange(ids.shape[1]) + 5).expand_as(ids),
+        "past_key_values": cache,
+    }
+    with torch.inference_mode():
+        expected = plain_model(family)(**typed).logits
+    real = inputs["attention_mask"].bool()
+    found = run(backbone, inputs, short, long)
+    torch.testing.assert_close(found[real], expected[real], **CLOSE)
+    turned = run(backbone, inputs, long, short)
+    torch.testing.assert_close(turned[real], found[real], **CLOSE)
+    behind = run(backbone, inputs, *(random_prefix(backbone, n, seed=n) for n in (2, 5)))
+    assert (behind - found)[real].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_shared_positions_row_by_row_and_behind_others(family: str) -> None:
+    backbone = tiny(family)
+    inputs = batch(backbone, rows=4)
+    bricks = [
+        random_prefix(backbone, 2, seed=2, shared=True),
+        random_prefix(backbone, 3, seed=3),
+        random_prefix(backbone, 5, seed=5, shared=True),
+    ]
+    table = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0], [1, 1, 1, 0]]).float()
+    mixed = run(backbone, inputs, *bricks, weights=list(table))
+    for row in range(4):
+        own = [brick for brick, weights in zip(bricks, table, strict=True) if weights[row]]
+        alone = run(backbone, {k: v[row : row + 1] for k, v in inputs.items()}, *own)[0]
+        real = inputs["attention_mask"][row].bool()
+        torch.testing.assert_close(mixed[row][real], alone[real], atol=1e-5, rtol=1e-5)
+    stack = backbone.slots._prompt.stacks[""]
+    with backbone.slots.plugged(bricks, list(table)):
+        assert stack._moves(4).tolist() == [5, 3 + 5, 3 + 5, 0]
+    assert stack._moves(4).tolist() == [0, 0, 0, 0]
+
+
+def test_shared_positions_where_attention_goes_by_distance() -> None:
+    """Each row is its solo run, the order is nothing, and each key is as far as it is alone."""
+    backbone = tiny("t5")
+    inputs = batch(backbone, rows=3)
+    short, long = (random_prefix(backbone, n, seed=n, shared=True) for n in (2, 5))
+    for one, seed in ((short, 2), (long, 5)):
+        behind = random_prefix(backbone, seed, seed=seed)
+        assert torch.equal(run(backbone, inputs, one), run(backbone, inputs, behind))
+    both, turned = run(backbone, inputs, short, long), run(backbone, inputs, long, short)
+    torch.testing.assert_close(both, turned, **CLOSE)
+    behind = run(backbone, inputs, *(random_prefix(backbone, n, seed=n) for n in (2, 5)))
+    assert (behind - both).abs().max() > 1e-4
+    table = torch.tensor([[1, 1, 0], [0, 1, 0]]).float()
+    mixed = run(backbone, inputs, short, long, weights=list(table))
+    for row, own in enumerate(([short], [short, long], [])):
+        alone = run(backbone, {k: v[row : row + 1] for k, v in inputs.items()}, *own)[0]
+        torch.testing.assert_close(mixed[row], alone, atol=1e-5, rtol=1e-5)
+    with pytest.raises(UserError, match=r"how far apart tokens are.*same brick\.positions"):
+        run(backbone, inputs, short, random_prefix(backbone, 2, seed=2))
+    assert torch.equal(run(backbone, inputs), bare(backbone, inputs))
+
+
+def test_keys_that_move_nothing_share_no_positions() -> None:
+    with pytest.raises(ValueError, match="share no positions"):
+        KV("layer.0.attn", torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), shift=False, shared=True)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

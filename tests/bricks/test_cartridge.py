@@ -13,6 +13,7 @@ from cfm_train.backbone.load import Backbone
 from cfm_train.bricks.cartridge import Cartridge
 from cfm_train.bricks.document import Document
 from cfm_train.bricks.peft_modules import TASK_TYPES
+from cfm_train.bricks.prefix import room
 from cfm_train.errors import UserError
 from tests import brick_laws as laws
 from tests.backbones import FAMILIES, answers, bare, batch, tiny
@@ -25,6 +26,7 @@ HYPER: dict[str, Any] = {
     "frozen": 1,
     "sites": ["attn"],
     "layers": None,
+    "positions": "behind",
 }
 TEXT = torch.tensor([7, 9, 11, 13, 8])
 
@@ -35,7 +37,11 @@ def cartridge(backbone: Backbone, **changed: Any) -> Cartridge:
 
 
 def document(backbone: Backbone, tokens: int | None = None) -> Document:
-    return Document(tokens, ["attn"], None).about(TEXT).build(backbone)
+    return Document(tokens, ["attn"], None, "behind").about(TEXT).build(backbone)
+
+
+def sharing(backbone: Backbone) -> Cartridge:
+    return cartridge(backbone, positions="shared")
 
 
 def somewhere(backbone: Backbone) -> Cartridge:
@@ -60,6 +66,27 @@ class TestLaws:
 
     def test_recomputes_the_same(self, family: str, make: Any) -> None:
         laws.recomputes_the_same(make, family)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shared_positions_keep_the_laws(family: str) -> None:
+    laws.unplugs_exactly(sharing, family)
+    laws.rows_are_their_own(sharing, family, untouched=1e-5)
+    laws.round_trips(sharing, family)
+    if family != "bert":
+        laws.generates_with_a_cache(sharing, family)
+
+
+def test_a_brick_of_before_shared_positions_opens_as_it_was() -> None:
+    backbone = tiny("llama")
+    made = sharing(backbone)
+    old = made.interface()["hyper"] | {}
+    del old["positions"]
+    read = Cartridge.restore({**made.interface(), "hyper": old}, made.files(), backbone)
+    assert read.hyper["positions"] == "behind"
+    again = Cartridge.restore(made.interface(), made.files(), backbone)
+    assert again.hyper["positions"] == "shared"
+    assert room([made, again, read]) == 8
 
 
 @pytest.mark.parametrize("make", [cartridge, document], ids=lambda make: make.__name__)
@@ -131,4 +158,4 @@ def test_what_does_not_fit_is_refused_with_a_sentence() -> None:
     with pytest.raises(UserError, match="starts from a document, and there is none"):
         Cartridge(**HYPER).build(llama)
     with pytest.raises(UserError, match=r"reads 128 at most: set brick\.tokens below 128"):
-        Document(None, ["attn"], None).about(TEXT.repeat(40)).build(llama)
+        Document(None, ["attn"], None, "behind").about(TEXT.repeat(40)).build(llama)

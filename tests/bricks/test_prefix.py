@@ -25,6 +25,7 @@ HYPER: dict[str, Any] = {
     "sites": ["attn"],
     "layers": None,
     "projection": None,
+    "positions": "behind",
 }
 
 

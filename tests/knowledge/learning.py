@@ -49,7 +49,7 @@ def lora(backbone: Backbone, noise: float = 0.0) -> Brick:
 
 
 def cartridge(backbone: Backbone, seed: int) -> Cartridge:
-    made = Cartridge(4, "document", None, 1, ["attn"], None)
+    made = Cartridge(4, "document", None, 1, ["attn"], None, "shared")
     made = made.about(torch.arange(3 + 5 * seed, 7 + 5 * seed)).build(backbone)
     randomise(made, seed)
     return made

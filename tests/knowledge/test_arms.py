@@ -38,7 +38,7 @@ def test_all_four_arms_are_what_a_plain_model_says(tmp_path: Path) -> None:
     found = documents(tmp_path, paragraphs=16, passage=20)
     reader = Reader(found, backbone.tokenizer, max_length=32, context=32)
     held = reader.whole(6)
-    brick = Cartridge(6, "document", None, 1, ["attn"], None)
+    brick = Cartridge(6, "document", None, 1, ["attn"], None, "shared")
     brick = brick.about(torch.tensor(held)).build(backbone)
     answered = all_arms(backbone, reader, [brick], generate=True)
     for number, question in enumerate(found.questions["test"]):
@@ -67,7 +67,9 @@ def test_a_document_brick_is_its_text_in_the_prompt(tmp_path: Path) -> None:
     backbone = tiny("llama")
     found = documents(tmp_path, paragraphs=8, passage=200)
     reader = Reader(found, backbone.tokenizer, max_length=32, context=100)
-    brick = Document(None, ["attn"], None).about(torch.tensor(reader.whole())).build(backbone)
+    brick = (
+        Document(None, ["attn"], None, "shared").about(torch.tensor(reader.whole())).build(backbone)
+    )
     answered = all_arms(backbone, reader, [brick], generate=False)
     assert reader.cut == 0
     np.testing.assert_allclose(answered["brick"].nats, answered["text"].nats, rtol=1e-4)
@@ -129,7 +131,7 @@ def test_the_cost_elsewhere_is_a_ratio_of_perplexities(tmp_path: Path) -> None:
     reader = Reader(documents(tmp_path), backbone.tokenizer, max_length=16, context=16)
     rows = reader.blocks(documents(tmp_path, seed=5).rows, [])
     held = torch.arange(3, 9)
-    brick = Document(None, ["attn"], None).about(held).build(backbone)
+    brick = Document(None, ["attn"], None, "shared").about(held).build(backbone)
     found = cost(backbone, [brick], rows, bootstrap=50, seed=0)
     nats, tokens = {"bare": 0.0, "brick": 0.0}, 0
     for row in range(len(rows)):

@@ -92,9 +92,13 @@ def test_a_cartridge_is_trained_among_others(
     assert record["arms"]["arms"][-1]["name"] == "among others"
     assert record["arms"]["gains"][-1]["over"] == "brick"
     assert "exact_match" not in record["arms"]["arms"][0]
-    crowded = [*second, "name=third", "brick.tokens=96", "data.context=8"]
-    crowded.append("distractors=[first,second]")
-    assert main(crowded) == 2
+    wide = [*second, "name=third", "brick.tokens=96", "data.context=8", "dry_run=true"]
+    assert main(wide) == 0, "at shared positions the longest counts"
+    behind = [*first, "name=behind", "brick.positions=behind"]
+    run(capsys, *behind)
+    run(capsys, *behind, "name=next", "distractors=[behind]", "seed=1")
+    capsys.readouterr()
+    assert main([*wide, "brick.positions=behind", "distractors=[behind,next]"]) == 2
     assert "own 96 tokens and the 16 of its distractors make 136" in capsys.readouterr().err
 
 

@@ -118,7 +118,9 @@ def test_a_stitch_of_a_merge_of_stitches(mode: str) -> None:
 
 def tokens(backbone: Backbone, seed: int = 1) -> tuple[SoftPrompt, Prefix]:
     prompt = noisy(SoftPrompt(3, "vocabulary", None).build(backbone), seed)
-    prefix = noisy(Prefix(2, "vocabulary", None, ["attn"], None, None).build(backbone), seed + 1)
+    prefix = noisy(
+        Prefix(2, "vocabulary", None, ["attn"], None, None, "behind").build(backbone), seed + 1
+    )
     return prompt, prefix
 
 

@@ -168,10 +168,10 @@ def test_prefixes_are_one_longer_prefix(family: str) -> None:
     backbone = tiny(family)
     inputs = batch(backbone)
     parts = [
-        noisy(Prefix(n, "vocabulary", None, ["attn"], None, None).build(backbone), n)
+        noisy(Prefix(n, "vocabulary", None, ["attn"], None, None, "behind").build(backbone), n)
         for n in (3, 2)
     ]
-    longer = Prefix(5, "vocabulary", None, ["attn"], None, None).build(backbone).eval()
+    longer = Prefix(5, "vocabulary", None, ["attn"], None, None, "behind").build(backbone).eval()
     for name in longer.keys:
         longer.keys[name].data.copy_(torch.cat([part.keys[name] for part in parts]))
         longer.values[name].data.copy_(torch.cat([part.values[name] for part in parts]))
