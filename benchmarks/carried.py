@@ -31,4 +31,4 @@ def run(options: argparse.Namespace, *overrides: str, trains: bool = True) -> di
     common = ["tracking.mode=disabled", f"outputs={options.work}", "backbone.dtype=float32"]
     common += ["backbone=hf", f"backbone.path={options.backbone}", f"seed={options.seed}"]
     common += [f"library={options.work}/library", *(["trainer.samples=0"] if trains else [])]
-    return prepare([*overrides, *common]).start()
+    return prepare([*common, *overrides]).start()

@@ -5,13 +5,13 @@
 Six documents are cut from the validation text of six domains of ``--root``. Of the first two a
 LoRA brick (language modelling, and context distillation), a cartridge and an encoded document are
 made, and the same cloze questions are asked with the text in the prompt, with the brick, and with
-both. Then cartridges of both are plugged in together: trained alone (the control), among cartridges
-of the other four documents, and one beside the other (see `pairs`). What a brick costs is asked of
-text from five other domains, some of which bricks leave as it is (`keep`).
+both. Then cartridges of several are plugged in together: trained alone (the control), and trained
+again among those of all other documents (see `mixed`). What a brick costs is asked of text from
+five other domains, some of which bricks leave as it is (`keep`).
 Two Markdown tables:
 
     arms       exact match of written answers and nats per answer token, with paired gains
-    together   what is left of a cartridge's gain over the bare backbone beside the other one
+    together   what is left of a cartridge's gain over the bare backbone beside others
 
 What is trained already is taken from ``--work``.
 """
@@ -19,6 +19,7 @@ What is trained already is taken from ``--work``.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,9 +30,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.carried import brick_lm, run
 
-#: The two documents that are judged, and the others, whose cartridges are distractors.
+#: The two documents of the arms, and the others.
 DOMAINS = ("law_dc_code", "medical_abstracts")
 OTHERS = ("wikipedia", "classic_fiction", "news", "shakespeare")
+#: Those whose cartridges are plugged in together: the two whose cartridges write most answers when
+#: alone, and medicine, whose domain the backbone never read either.
+JUDGED = ("law_dc_code", "wikipedia", "medical_abstracts")
+#: A cartridge's document, those beside it, and how they were trained.
+Asked = tuple[str, str, str]
 #: Text that has nothing to do with them: a piece of each, and how many characters it has.
 UNRELATED = ("news", "python_code", "math_word_problems", "shakespeare", "wikipedia")
 PIECE = 8_000
@@ -98,8 +104,10 @@ def study(
     )
 
 
-def together(options: argparse.Namespace, names: Sequence[str], document: Path) -> dict[str, Any]:
-    """What the first cartridge answers alone and beside the other, from its own questions."""
+def together(
+    options: argparse.Namespace, names: Sequence[str], document: Path, positions: str
+) -> dict[str, Any]:
+    """What the first cartridge answers alone and beside the others, from its own questions."""
     from cfm_train.backbone.load import load_backbone
     from cfm_train.backbone.spec import resolve
     from cfm_train.bricks.stored import open_brick
@@ -112,6 +120,8 @@ def together(options: argparse.Namespace, names: Sequence[str], document: Path) 
     cards = [library.find(name) for name in names]
     backbone = load_backbone(resolve({"path": str(options.backbone)}), dtype="float32")
     bricks = [open_brick(card, library, backbone) for card in cards]
+    for brick in bricks:  # alone, a cartridge learns the same whatever it would share
+        brick.hyper["positions"] = positions
     section = cards[0].recipe["data"]
     reader = Reader(
         read({**section, "documents": str(document)}),
@@ -125,35 +135,50 @@ def together(options: argparse.Namespace, names: Sequence[str], document: Path) 
     return measured(asked, options.bootstrap)
 
 
-def pairs(options: argparse.Namespace, files: Mapping[str, Path]) -> dict[tuple[str, str], Any]:
-    """Two cartridges at once, trained in three ways: document and way -> see `measured`.
+def mixed(options: argparse.Namespace, files: Mapping[str, Path]) -> None:
+    """A cartridge of every document alone; then those that are judged, each once more.
 
-    alone           the control
-    among others    each among cartridges of the other documents, and not beside the partner
-    beside          the first beside the second's, whose text it leaves as it is; then the second
-                    beside that one
+    It is trained among the library's cartridges of all other documents, as they are by then, and
+    leaves what is said of those documents' text as it is.
     """
-    way = WAYS[options.together]
     single = options.together.replace(", ", "-")
-    for name in (*DOMAINS, *OTHERS):
-        study(options, f"{name}-{single}", files, way)
-    others = f"distractors=[{','.join(f'{name}-{single}' for name in OTHERS)}]"
-    for name in DOMAINS:
-        mixed = [*way, others]
-        study(options, f"{name}-{single}-mixed", files, mixed, options.mixed_steps)
-    partner = f"{DOMAINS[1]}-{single}"
-    for one, other in (DOMAINS, DOMAINS[::-1]):
-        theirs = Path(options.work) / f"{other}.kept.txt"
-        texts = (files[name].read_text(encoding="utf-8") for name in (other, "unrelated"))
-        theirs.write_text("\n\n".join(texts), encoding="utf-8")
-        beside = [*way, f"distractors=[{partner}]"]
-        partner = f"{one}-{single}-beside"
-        study(options, partner, {**files, "unrelated": theirs}, beside, options.mixed_steps)
+    every = (*DOMAINS, *OTHERS)
+    held = {name: f"{name}-{single}" for name in every}
+    for name in every:
+        study(options, held[name], files, WAYS[options.together])
+    for name in JUDGED:
+        others = [other for other in every if other != name]
+        kept = Path(options.work) / f"{name}.kept.txt"
+        texts = (files[other].read_text(encoding="utf-8") for other in (*others, "unrelated"))
+        kept.write_text("\n\n".join(texts), encoding="utf-8")
+        company = f"distractors=[{','.join(held[other] for other in others)}]"
+        way = [*WAYS[options.together], company, f"objective.keep={options.mixed_keep}"]
+        held[name] += "-mixed"
+        study(options, held[name], {**files, "unrelated": kept}, way, options.mixed_steps)
+
+
+def several(options: argparse.Namespace, files: Mapping[str, Path]) -> dict[Asked, Any]:
+    """Every two of the judged cartridges at once, and all of them -> see `measured`.
+
+    alone, behind   trained alone, one's keys behind the other's: concatenation, the control
+    alone           trained alone, at shared positions
+    mixed           see `mixed`
+    """
+    mixed(options, files)
+    single = options.together.replace(", ", "-")
+    hows = {
+        "alone, one behind the other": ("", "behind"),
+        "alone, shared positions": ("", "shared"),
+        "among others, shared positions": ("-mixed", "shared"),
+    }
+    sets = [*itertools.permutations(JUDGED, 2)]
+    sets += [(one, *(other for other in JUDGED if other != one)) for one in JUDGED]
     found = {}
-    for how, ending in (("alone", ""), ("among others", "-mixed"), ("beside", "-beside")):
-        for one, other in (DOMAINS, DOMAINS[::-1]):
-            names = [f"{name}-{single}{ending}" for name in (one, other)]
-            found[one, how] = together(options, names, files[one])
+    for one, *others in sets:
+        for how, (ending, positions) in hows.items():
+            names = [f"{name}-{single}{ending}" for name in (one, *others)]
+            judged = together(options, names, files[one], positions)
+            found[one, " and ".join(others), how] = judged
     return found
 
 
@@ -217,14 +242,14 @@ def arms_table(records: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def together_table(found: Mapping[tuple[str, str], Mapping[str, Mapping[str, float]]]) -> str:
-    """What is left of each cartridge's score and gain beside the other one, as Markdown."""
+def together_table(found: Mapping[Asked, Mapping[str, Mapping[str, float]]]) -> str:
+    """What is left of each cartridge's score and gain beside others, as Markdown."""
     lines = [
-        "| document | trained | exact match, tokens right (nats) bare | alone | together | "
-        "kept of exact match | of the gain in tokens right | of the gain in nats |",
-        "|---|---|---|---|---|---|---|---|",
+        "| document | beside | trained | exact match, tokens right (nats) bare | alone | together "
+        "| kept of exact match | of the gain in tokens right | of the gain in nats |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for (document, how), one in found.items():
+    for (document, beside, how), one in found.items():
         shown = [
             f"{100 * one[f'{n}/exact_match']['value']:.1f}, "
             f"{100 * one[f'{n}/token_accuracy']['value']:.1f} ({one[f'{n}/loss']['value']:.2f})"
@@ -234,7 +259,7 @@ def together_table(found: Mapping[tuple[str, str], Mapping[str, Mapping[str, flo
             f"{one[n]['value']:.2f} [{one[n]['low']:.2f}, {one[n]['high']:.2f}]"
             for n in ("score kept", "tokens kept", "kept")
         ]
-        lines.append(f"| {document} | {how} | {' | '.join(shown)} |")
+        lines.append(f"| {document} | {beside} | {how} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
@@ -254,6 +279,7 @@ def main() -> None:
         default=0,
         help="of cartridges among others, which learn more slowly; as --steps where left out",
     )
+    parser.add_argument("--mixed_keep", type=float, default=2.0, help="their objective.keep")
     parser.add_argument(
         "--tokens",
         type=int,
@@ -268,7 +294,7 @@ def main() -> None:
         "--together",
         default="cartridge, lm",
         choices=["cartridge", "cartridge, lm", "nothing"],
-        help="the way of the cartridges that are plugged in two at once",
+        help="the way of the cartridges that are plugged in several at once",
     )
     parser.add_argument("--more", nargs="*", default=[], help="overrides of every run")
     options = parser.parse_args()
@@ -279,7 +305,7 @@ def main() -> None:
             called = f"{name}-{way.replace(', ', '-')}"
             records[name, way] = study(options, called, files, WAYS[way])["arms"]
     if options.together != "nothing":
-        both = pairs(options, files)
+        both = several(options, files)
     print(arms_table(records), "\n")
     if both:
         print(together_table(both))

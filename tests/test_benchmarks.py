@@ -148,8 +148,8 @@ def test_what_is_kept_is_a_share_of_the_gain_in_the_mean_of_both_orders() -> Non
     found["kept"] |= {"low": 0.5, "high": 1.0}
     found["score kept"] |= {"low": 0.5, "high": 1.0}
     found["tokens kept"] |= {"low": 0.4, "high": 0.6}
-    assert together_table({("law", "alone"): found}).splitlines()[2] == (
-        "| law | alone | 0.0, 25.0 (2.00) | 100.0, 100.0 (0.88) | 75.0, 62.5 (1.10) | "
+    assert together_table({("law", "news", "alone"): found}).splitlines()[2] == (
+        "| law | news | alone | 0.0, 25.0 (2.00) | 100.0, 100.0 (0.88) | 75.0, 62.5 (1.10) | "
         "0.75 [0.50, 1.00] | 0.50 [0.40, 0.60] | 0.80 [0.50, 1.00] |"
     )
 
