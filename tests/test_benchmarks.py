@@ -46,6 +46,8 @@ def test_score_difference_is_an_interval_over_tasks() -> None:
     found = summary(rows())["score_difference"]
     assert found["mean"] == pytest.approx(statistics.fmean(means))
     assert (found["low"], found["high"]) == pytest.approx((expected.low, expected.high))
+    bound = stats.ttest_1samp(means, 0, alternative="greater").confidence_interval(0.95).low
+    assert found["lower_bound"] == pytest.approx(bound)
     assert (found["tasks"], found["runs"]) == (3, 8)
 
 
