@@ -135,18 +135,21 @@ def together(
     return measured(asked, options.bootstrap)
 
 
-def mixed(options: argparse.Namespace, files: Mapping[str, Path]) -> None:
-    """A cartridge of every document alone; then those that are judged, each once more.
+def mixed(options: argparse.Namespace, files: Mapping[str, Path]) -> dict[str, str]:
+    """A cartridge of every document alone; then those that are judged again, and the first twice.
 
-    It is trained among the library's cartridges of all other documents, as they are by then, and
-    leaves what is said of those documents' text as it is.
+    Each is trained among the cartridges of all other documents, as they are by then, and leaves
+    what is said of those documents' text as it is. The first had only known those trained alone.
+
+    Returns:
+        Document -> its last cartridge.
     """
     single = options.together.replace(", ", "-")
     every = (*DOMAINS, *OTHERS)
     held = {name: f"{name}-{single}" for name in every}
     for name in every:
         study(options, held[name], files, WAYS[options.together])
-    for name in JUDGED:
+    for name in (*JUDGED, JUDGED[0]):
         others = [other for other in every if other != name]
         kept = Path(options.work) / f"{name}.kept.txt"
         texts = (files[other].read_text(encoding="utf-8") for other in (*others, "unrelated"))
@@ -155,6 +158,7 @@ def mixed(options: argparse.Namespace, files: Mapping[str, Path]) -> None:
         way = [*WAYS[options.together], company, f"objective.keep={options.mixed_keep}"]
         held[name] += "-mixed"
         study(options, held[name], {**files, "unrelated": kept}, way, options.mixed_steps)
+    return held
 
 
 def several(options: argparse.Namespace, files: Mapping[str, Path]) -> dict[Asked, Any]:
@@ -164,19 +168,19 @@ def several(options: argparse.Namespace, files: Mapping[str, Path]) -> dict[Aske
     alone           trained alone, at shared positions
     mixed           see `mixed`
     """
-    mixed(options, files)
-    single = options.together.replace(", ", "-")
+    last = mixed(options, files)
+    single = {name: f"{name}-{options.together.replace(', ', '-')}" for name in last}
     hows = {
-        "alone, one behind the other": ("", "behind"),
-        "alone, shared positions": ("", "shared"),
-        "among others, shared positions": ("-mixed", "shared"),
+        "alone, one behind the other": (single, "behind"),
+        "alone, shared positions": (single, "shared"),
+        "among others, shared positions": (last, "shared"),
     }
     sets = [*itertools.permutations(JUDGED, 2)]
     sets += [(one, *(other for other in JUDGED if other != one)) for one in JUDGED]
     found = {}
     for one, *others in sets:
-        for how, (ending, positions) in hows.items():
-            names = [f"{name}-{single}{ending}" for name in (one, *others)]
+        for how, (held, positions) in hows.items():
+            names = [held[name] for name in (one, *others)]
             judged = together(options, names, files[one], positions)
             found[one, " and ".join(others), how] = judged
     return found
@@ -256,11 +260,16 @@ def together_table(found: Mapping[Asked, Mapping[str, Mapping[str, float]]]) -> 
             for n in ("bare", "alone", "together")
         ]
         shown += [
-            f"{one[n]['value']:.2f} [{one[n]['low']:.2f}, {one[n]['high']:.2f}]"
+            f"{one[n]['value']:.2f} [{one[n]['low']:.2f}, {ceiling(one[n]['high'])}]"
             for n in ("score kept", "tokens kept", "kept")
         ]
         lines.append(f"| {document} | {beside} | {how} | {' | '.join(shown)} |")
     return "\n".join(lines)
+
+
+def ceiling(share: float) -> str:
+    """The upper end of a share's interval: without one where some draws hold nothing to keep."""
+    return f"{share:.2f}" if share < 1e6 else "–"
 
 
 def main() -> None:
