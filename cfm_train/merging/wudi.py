@@ -48,8 +48,9 @@ class Wudi(Rule):
     def combine(self, updates: Tensor, weights: Tensor, facts: Facts) -> Tensor:
         """See the class; in float64. An update of zeros asks for nothing."""
         some = torch.stack([one for one in updates.double() if one.any()] or [updates[0].double()])
-        if not some.any():
-            return updates[0].clone()
+        # One update alone is the minimum; Adam would scale the rounding of its gradient up.
+        if len(some) == 1:
+            return some[0].to(updates.dtype)
         merged = minimum(some, updates.dtype) if self.steps is None else self._descend(some)
         return merged.to(updates.dtype)
 
