@@ -16,13 +16,7 @@ from torch import Tensor
 
 from cfm_train.bricks.brick import Derived
 from cfm_train.bricks.cartridge import first_tokens
-from cfm_train.bricks.prefix import (
-    Prefix,
-    States,
-    attention_sites,
-    length,
-    token_states,
-)
+from cfm_train.bricks.prefix import Prefix, States, attention_sites, length, token_states
 from cfm_train.config.types import Positive
 from cfm_train.errors import UserError
 

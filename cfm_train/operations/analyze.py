@@ -54,15 +54,32 @@ def check(config: dict[str, Any]) -> Inputs:
         if not isinstance(tree, BrickRef):
             raise UserError(f"'{tree}' is no single brick: store it under a name first.")
         card = selection.cards[str(tree)]
+        _check_sites(card)
         if card.operation == "study":
             learnt[card.ref] = read(card.recipe["data"])
         else:
             learnt[card.ref] = _own_task(card, config["data"])
+    given = [key for key in ("root", "limit") if config["data"][key] is not None]
+    if given and not any(isinstance(one, Checked) for one in learnt.values()):
+        raise UserError(
+            f"data.{given[0]} is for bricks of tasks, and these were trained on documents: leave "
+            "it out; rows=N says how many blocks are read."
+        )
     selection.library.check_writable()
     fingerprints = dict(selection.fingerprints)
     for ref, one in learnt.items():
         fingerprints |= {f"data/{ref}/{k}": v for k, v in one.fingerprints.items()}
     return Inputs(selection, learnt, fingerprints)
+
+
+def _check_sites(card: Card) -> None:
+    """Refuses a brick that changes what attention reads: there is no map to see the inputs of."""
+    for site in card.sites:
+        if site.rpartition(".")[2] in ("attn", "cross"):
+            raise UserError(
+                f"{card.ref} adds keys and values at '{site}', and statistics are of the inputs of "
+                "maps: leave it out; such bricks are plugged in together, or stitched."
+            )
 
 
 def _own_task(card: Card, data: dict[str, Any]) -> Checked:

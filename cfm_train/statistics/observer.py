@@ -101,17 +101,6 @@ def real(x: Tensor, batch: Mapping[str, Any], site: str) -> Tensor:
 
 
 def observed_sites(bricks: Sequence[Brick], backbone: Backbone) -> list[str]:
-    """Every site that one of the bricks changes, in the backbone's order.
-
-    Raises:
-        UserError: a brick changes what attention reads, and so no map whose inputs could be seen.
-    """
+    """Every site that one of the bricks changes, in the backbone's order."""
     named = {site for brick in bricks for site in brick.site_names}
-    sites = [name for name in backbone.sites if name in named]
-    for name in sites:
-        if backbone.sites[name].kind == "attention":
-            raise UserError(
-                f"A brick at '{name}' adds keys and values, and statistics are of the inputs of "
-                "maps: leave it out; such bricks are plugged in together, or stitched."
-            )
-    return sites
+    return [name for name in backbone.sites if name in named]

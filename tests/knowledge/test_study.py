@@ -151,6 +151,16 @@ def test_regmean_of_two_documents_bricks(
         (sidecar,) = find_sidecars(library, library.find(name), "gram.safetensors")
         grams.append(load(sidecar.read("gram.safetensors") or b""))
     assert not all(bool((grams[0][site] == grams[1][site]).all()) for site in grams[0])
+    pages = command(tmp_path, folder("llama"), "cartridge", "name=pages")
+    run(capsys, *pages, "evaluation.generate=false", "trainer.samples=0")
+    for wrong, sentence in (
+        (["bricks=[one,pages]"], "adds keys and values at 'layer.0.attn'"),
+        (["bricks=[one]", "data.limit=4"], "data.limit is for bricks of tasks"),
+    ):
+        runs = sorted(Path("outputs/runs").rglob("*"))
+        assert main(["recipe=analyze/gram", *wrong]) == 2
+        assert sentence in capsys.readouterr().err
+        assert sorted(Path("outputs/runs").rglob("*")) == runs
     quiet = ["name=both", "tracking=disabled"]
     merged = run(capsys, "recipe=merge/regmean", "bricks=[one,two]", *quiet)
     assert [parent["name"] for parent in merged["brick"]["parents"]] == ["one", "two"]

@@ -121,13 +121,6 @@ def test_labels_of_classification_are_drawn_by_seed_and_nothing_stays_plugged() 
     assert torch.equal(bare(backbone, inputs), before)
 
 
-def test_keys_and_values_have_no_statistics() -> None:
-    backbone = tiny("llama")
-    brick = new_brick(backbone, {}, "prefix", tokens=2)
-    with pytest.raises(UserError, match=r"adds keys and values.*leave it out"):
-        observed_sites([brick], backbone)
-
-
 def test_the_sidecars_name_what_is_missing(tmp_path: Path) -> None:
     backbone, brick, _ = setting("bert")
     library = Library(tmp_path)
